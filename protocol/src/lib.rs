@@ -1,0 +1,40 @@
+//! Every message that crosses the vsock between the monitor on the host and the agent in the guest.
+//!
+//! One definition serves both ends. The guest always connects to the host ([`HOST_CID`]): once to
+//! [`CONTROL_PORT`], which carries [`Frame`](frame)d [`ToAgent`] and [`FromAgent`] messages for the life of
+//! the guest, and once to [`STREAM_PORT`] for each standard stream of each process, which carries a
+//! [`StreamHeader`] and then plain bytes.
+//!
+//! Messages are encoded with postcard, whose enums are positional: any change of a message must raise
+//! [`VERSION`], and both ends refuse a peer of another version.
+
+pub mod frame;
+pub mod message;
+pub mod network;
+pub mod stream;
+
+pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};
+pub use message::{
+    AgentError, AgentErrorKind, ExecProcess, ExitStatus, FromAgent, GuestProcess, ProcessId, Reply, Request,
+    SeccompProgram, StandardStreams, StartContainer, ToAgent,
+};
+pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
+pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
+
+/// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
+pub const VERSION: u32 = 1;
+
+/// The host's context id on a vsock (virtio 1.2, section 5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// The guest's context id. Every container has a virtual machine, and so a vsock, of its own.
+pub const GUEST_CID: u32 = 3;
+
+/// Host port of the control connection.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// Host port of the stream connections.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Tag of the virtio-fs device that serves the container's root filesystem.
+pub const ROOTFS_TAG: &str = "rootfs";
