@@ -1,0 +1,85 @@
+//! The boot: what a kernel expects to find in memory and registers when it is entered in 64-bit mode.
+//!
+//! The kernel is entered by the Linux 64-bit boot protocol (Documentation/arch/x86/boot.rst), which each x86-64
+//! kernel has, as `vmlinux` and as `bzImage`: no firmware, no real mode, no decompression for a `vmlinux`.
+
+mod command_line;
+mod gdt;
+mod kernel;
+mod mptable;
+mod page_tables;
+mod params;
+
+use std::fs::File;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+pub(crate) use self::gdt::{LIMIT as SEGMENT_LIMIT, TABLE as SEGMENTS};
+use crate::{GuestMemory, layout};
+
+/// Why the guest cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel's file is of no form that can be booted.
+    #[error("the kernel is neither an x86-64 ELF file (vmlinux) nor a bzImage")]
+    Format,
+    /// The kernel's file could not be read.
+    #[error("the kernel could not be read: {0}")]
+    Read(#[from] std::io::Error),
+    /// The kernel has no entry point for 64-bit mode.
+    #[error(
+        "the kernel is a bzImage without a 64-bit entry point: it is too old, or one for 32-bit processors"
+    )]
+    No64BitEntry,
+    /// The kernel begins where nothing of it is.
+    #[error("the kernel's entry point is outside of the kernel: the file is damaged")]
+    EntryOutside,
+    /// The kernel could not be put into memory.
+    #[error("the kernel could not be loaded: {0}; is it damaged, or the guest's memory too small for it?")]
+    Load(#[from] linux_loader::loader::Error),
+    /// Not all of it fits.
+    #[error(
+        "a kernel of {kernel} KiB and an initramfs of {initramfs} KiB do not fit into the guest's memory"
+    )]
+    TooBig {
+        /// Size of the kernel in memory.
+        kernel: u64,
+        /// Size of the initramfs.
+        initramfs: u64,
+    },
+    /// The command line cannot be handed over.
+    #[error("the kernel command line is longer than {max} bytes or holds characters other than printable ASCII: {0}",
+        max = layout::COMMAND_LINE_SIZE)]
+    CommandLine(linux_loader::cmdline::Error),
+    /// A table lies outside of the guest's memory.
+    #[error("the guest's memory could not be written: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// What to boot.
+pub(crate) struct Boot<'a> {
+    pub(crate) kernel: &'a mut File,
+    pub(crate) initramfs: &'a [u8],
+    /// To be added to the command line.
+    pub(crate) command_line: &'a str,
+    pub(crate) vcpus: u8,
+    pub(crate) slots: u8,
+}
+
+/// Puts all that the kernel needs into memory and returns its entry point.
+pub(crate) fn load(memory: &GuestMemory, boot: Boot<'_>) -> Result<GuestAddress, BootError> {
+    let kernel = kernel::load(memory, boot.kernel)?;
+    let initramfs = kernel::place_initramfs(memory, &kernel, boot.initramfs.len() as u64)?;
+    memory.write_slice(boot.initramfs, initramfs)?;
+
+    let command_line = command_line::build(boot.slots, boot.command_line)?;
+    linux_loader::loader::load_cmdline(&**memory, layout::COMMAND_LINE, &command_line)?;
+
+    let params = params::build(memory, &kernel, initramfs, boot.initramfs.len() as u64);
+    memory.write_obj(params, layout::ZERO_PAGE)?;
+    memory.write_slice(&mptable::pointer(), layout::MP_POINTER)?;
+    memory.write_slice(&mptable::table(boot.vcpus, boot.slots), layout::MP_TABLE)?;
+    memory.write_slice(&gdt::bytes(), layout::GDT)?;
+    memory.write_slice(&page_tables::identity(layout::PAGE_TABLES), layout::PAGE_TABLES)?;
+    Ok(kernel.entry)
+}

@@ -1,0 +1,125 @@
+//! What the guest reaches by ports and by memory outside of its memory.
+
+use std::ops::ControlFlow;
+use std::sync::{Mutex, PoisonError};
+
+use crate::machine::ExitReason;
+use crate::serial::{self, SerialPort};
+use crate::virtio::mmio::slot::Slot;
+use crate::{i8042, layout};
+
+/// The last port of the serial port.
+const SERIAL_END: u16 = layout::SERIAL_PORT + serial::PORTS - 1;
+/// What nothing reads as: lines that nobody pulls low.
+const FLOATING: u8 = 0xff;
+
+/// All devices, shared by the vCPUs.
+pub(crate) struct Bus {
+    serial: Mutex<SerialPort>,
+    slots: Vec<Slot>,
+}
+
+impl Bus {
+    pub(crate) fn new(serial: SerialPort, slots: Vec<Slot>) -> Self {
+        Self { serial: Mutex::new(serial), slots }
+    }
+
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// An `in` instruction, or several of them in a row.
+    pub(crate) fn read_port(&self, port: u16, data: &mut [u8]) {
+        match port {
+            layout::SERIAL_PORT..=SERIAL_END => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                data.fill_with(|| serial.read((port - layout::SERIAL_PORT) as u8));
+            }
+            i8042::DATA_PORT | i8042::COMMAND_PORT => data.fill(i8042::IDLE),
+            _ => data.fill(FLOATING),
+        }
+    }
+
+    /// An `out` instruction, or several of them in a row.
+    pub(crate) fn write_port(&self, port: u16, data: &[u8]) -> ControlFlow<ExitReason> {
+        match port {
+            layout::SERIAL_PORT..=SERIAL_END => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                data.iter().for_each(|byte| serial.write((port - layout::SERIAL_PORT) as u8, *byte));
+                ControlFlow::Continue(())
+            }
+            i8042::COMMAND_PORT => data.iter().try_for_each(|byte| i8042::command(*byte)),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    /// A read of memory that is none.
+    pub(crate) fn read_memory(&self, address: u64, data: &mut [u8]) {
+        match self.slot_at(address) {
+            Some((slot, offset)) => slot.read(offset, data),
+            None => data.fill(FLOATING),
+        }
+    }
+
+    /// A write to memory that is none.
+    pub(crate) fn write_memory(&self, address: u64, data: &[u8]) {
+        if let Some((slot, offset)) = self.slot_at(address) {
+            slot.write(offset, data);
+        }
+    }
+
+    fn slot_at(&self, address: u64) -> Option<(&Slot, u64)> {
+        let (slot, offset) = layout::slot_at(address)?;
+        Some((self.slots.get(slot)?, offset))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::console::Console;
+
+    fn bus() -> (Bus, Console) {
+        let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let console = Console::default();
+        (Bus::new(SerialPort::new(line, console.clone()), Vec::new()), console)
+    }
+
+    #[test]
+    fn the_serial_port_is_ready_and_writes_to_the_console() {
+        let (bus, console) = bus();
+        let mut status = [0];
+        bus.read_port(0x3fd, &mut status);
+        assert_eq!(status[0] & 0x60, 0x60, "transmitter empty and idle");
+        assert!(bus.write_port(0x3f8, b"Linux").is_continue());
+        assert_eq!(console.text(), "Linux");
+    }
+
+    #[test]
+    fn the_keyboard_controller_resets_and_does_nothing_else() {
+        let (bus, _) = bus();
+        let mut status = [0xff];
+        bus.read_port(0x64, &mut status);
+        assert_eq!(status, [0]);
+        assert!(bus.write_port(0x64, &[0xd1]).is_continue());
+        assert!(bus.write_port(0x60, &[0xfe]).is_continue());
+        assert_eq!(bus.write_port(0x64, &[0xfe]), ControlFlow::Break(ExitReason::Reset));
+    }
+
+    #[test]
+    fn where_nothing_is_all_bits_are_set() {
+        let (bus, _) = bus();
+        let mut data = [0; 4];
+        bus.read_port(0xcfc, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        data.fill(0);
+        bus.read_memory(layout::slot_address(0).0, &mut data);
+        assert_eq!(data, [0xff; 4], "there is no slot 0 here");
+        bus.write_memory(u64::MAX, &data);
+        assert!(bus.write_port(0, &data).is_continue());
+    }
+}

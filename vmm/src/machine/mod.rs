@@ -1,0 +1,357 @@
+//! The machine: what the monitor configures, plugs devices into, starts, pauses and watches.
+
+mod timeline;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::Killable;
+
+pub use self::timeline::Timeline;
+pub use crate::boot::BootError;
+use crate::boot::{self, Boot};
+use crate::bus::Bus;
+use crate::console::Console;
+use crate::host::{self, HostError};
+use crate::layout::{self, MAX_SLOTS};
+use crate::memory;
+pub use crate::memory::MemoryError;
+use crate::serial::SerialPort;
+use crate::vcpu::Vcpu;
+pub use crate::vcpu::VcpuError;
+use crate::vcpu::control::{Control, Phase, install_kick_handler, kick_signal};
+use crate::virtio::VirtioDevice;
+use crate::virtio::mmio::slot::Slot;
+pub use crate::virtio::mmio::slot::SlotError;
+use crate::{GuestMemory, cpuid};
+
+/// Local APICs are numbered with 8 bits; one number means all of them, and one is the IOAPIC's.
+const MAX_VCPUS: u8 = 254;
+
+/// What to build.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+    /// Size of the guest's memory in bytes; rounded up to whole MiB.
+    pub memory: u64,
+    /// The kernel: an ELF `vmlinux` or a `bzImage`.
+    pub kernel: File,
+    /// The initramfs (cpio, compressed or not); may be empty.
+    pub initramfs: Vec<u8>,
+    /// What to add to the kernel command line that the machine makes.
+    pub command_line: String,
+    /// Number of virtio-mmio slots, at most [`MAX_SLOTS`].
+    pub slots: u8,
+}
+
+/// Why a machine could not be made, changed or run.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The host cannot run a machine at all.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The number of vCPUs is out of bounds.
+    #[error("a machine cannot have {count} vCPUs: on this host it takes 1 to {max}")]
+    VcpuCount {
+        /// How many were asked for.
+        count: u8,
+        /// How many there can be.
+        max: usize,
+    },
+    /// The number of slots is out of bounds.
+    #[error("a machine cannot have {0} device slots: at most {MAX_SLOTS} are possible")]
+    SlotCount(u8),
+    /// There is no such slot.
+    #[error("the machine has no device slot {0}")]
+    NoSlot(u8),
+    /// A device could not be plugged in.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// There is no memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A vCPU could not be made or started.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// KVM refused something.
+    #[error("KVM refused {what}: {source}")]
+    Kvm {
+        /// What was refused.
+        what: &'static str,
+        /// What KVM reported.
+        source: errno::Error,
+    },
+    /// The operating system refused something.
+    #[error("the machine's events could not be created: {0}")]
+    Event(#[from] io::Error),
+    /// The machine was started before.
+    #[error("the machine was started already")]
+    StartedTwice,
+}
+
+/// Why the guest ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest asked for a reset: an orderly end, or a kernel panic (`panic=-1`).
+    Reset,
+    /// The guest's processor shut down (a triple fault), or the guest asked to be powered off.
+    Shutdown,
+    /// The machine cannot go on; the text says why.
+    Error(String),
+}
+
+/// A virtual machine. It ends with this value.
+pub struct Machine {
+    // Dropped in this order: the vCPUs are stopped before anything that they use goes.
+    processors: Mutex<Processors>,
+    control: Arc<Control>,
+    bus: Arc<Bus>,
+    console: Console,
+    timeline: Mutex<Timeline>,
+    _vm: Arc<VmFd>,
+    memory: GuestMemory,
+}
+
+/// The vCPUs, before and after the start.
+enum Processors {
+    Waiting(Vec<Vcpu>),
+    Started(Vec<JoinHandle<()>>),
+}
+
+impl Machine {
+    /// Makes a machine and loads the kernel into it.
+    pub fn new(config: MachineConfig) -> Result<Machine, MachineError> {
+        host::virtualization()?;
+        let kvm = host::open_kvm()?;
+        let machine = Machine::without_kernel(&kvm, config.vcpus, config.memory, config.slots)?;
+        let mut kernel = config.kernel;
+        machine.load(Boot {
+            kernel: &mut kernel,
+            initramfs: &config.initramfs,
+            command_line: &config.command_line,
+            vcpus: config.vcpus,
+            slots: config.slots,
+        })?;
+        Ok(machine)
+    }
+
+    /// A machine that has nothing to run yet.
+    pub(crate) fn without_kernel(
+        kvm: &Kvm,
+        vcpus: u8,
+        memory_size: u64,
+        slots: u8,
+    ) -> Result<Machine, MachineError> {
+        check_counts(kvm, vcpus, slots)?;
+        let refused = |what| move |source| MachineError::Kvm { what, source };
+        let vm = Arc::new(create_vm(kvm)?);
+        let memory = memory::create(memory_size)?;
+        memory::register(&vm, &memory)?;
+
+        let console = Console::default();
+        let serial_line = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        vm.register_irqfd(&serial_line, layout::SERIAL_GSI)
+            .map_err(refused("the serial port's interrupt"))?;
+        let serial = SerialPort::new(serial_line, console.clone());
+        let slots = (0..slots).map(|number| Slot::new(number, vm.clone(), memory.clone())).collect();
+        let bus = Arc::new(Bus::new(serial, slots));
+
+        let control = Arc::new(Control::new()?);
+        let waiting = create_vcpus(kvm, &vm, vcpus, &bus, &control)?;
+        Ok(Machine {
+            processors: Mutex::new(Processors::Waiting(waiting)),
+            control,
+            bus,
+            console,
+            timeline: Mutex::new(Timeline::kvm_ready_now()),
+            _vm: vm,
+            memory,
+        })
+    }
+
+    fn load(&self, boot: Boot<'_>) -> Result<(), MachineError> {
+        let entry = boot::load(&self.memory, boot)?;
+        if let Processors::Waiting(vcpus) = &*self.processors()
+            && let Some(boot_processor) = vcpus.first()
+        {
+            boot_processor.set_entry(entry)?;
+        }
+        self.lock_timeline().kernel_is_loaded();
+        Ok(())
+    }
+
+    /// Puts a device into an empty slot, before the start or while the guest runs.
+    pub fn plug(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        Ok(self.slot(slot)?.plug(device)?)
+    }
+
+    /// Takes the device out of a slot, if there is one. The guest should have let go of it.
+    pub fn unplug(&self, slot: u8) -> Result<Option<Box<dyn VirtioDevice>>, MachineError> {
+        Ok(self.slot(slot)?.unplug())
+    }
+
+    /// Lets the vCPUs run.
+    pub fn start(&self) -> Result<(), MachineError> {
+        let mut processors = self.processors();
+        let Processors::Waiting(vcpus) = &mut *processors else {
+            return Err(MachineError::StartedTwice);
+        };
+        install_kick_handler().map_err(|source| MachineError::Kvm { what: "the vCPUs' signal", source })?;
+        let vcpus = std::mem::take(vcpus);
+        *processors = Processors::Started(Vec::with_capacity(vcpus.len()));
+        for vcpu in vcpus {
+            let thread = vcpu.spawn()?;
+            if let Processors::Started(threads) = &mut *processors {
+                threads.push(thread);
+            }
+        }
+        self.lock_timeline().kernel_is_entered();
+        self.control.set_phase(Phase::Running);
+        Ok(())
+    }
+
+    /// Halts all vCPUs; when this returns, none of them runs guest code.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        if self.control.phase() == Phase::Running {
+            self.change_phase(Phase::Paused);
+            self.control.wait_until_idle();
+        }
+        Ok(())
+    }
+
+    /// Lets paused vCPUs go on. The guest's clocks have gone on meanwhile.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        if matches!(&*self.processors(), Processors::Started(_)) {
+            self.control.set_phase(Phase::Running);
+        }
+        Ok(())
+    }
+
+    /// Readable when the guest ended by itself.
+    pub fn exit_event(&self) -> BorrowedFd<'_> {
+        self.control.exit_event()
+    }
+
+    /// Why the guest ended, once it did.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.control.exit_reason()
+    }
+
+    /// The last lines of the kernel's messages, 64 KiB at most.
+    pub fn console(&self) -> String {
+        self.console.text()
+    }
+
+    /// Writes the kernel's messages also to `out`, from now on. A vCPU waits for each write.
+    pub fn mirror_console(&self, out: Box<dyn Write + Send>) {
+        self.console.mirror_to(out);
+    }
+
+    /// When the phases of the start were reached.
+    pub fn timeline(&self) -> Timeline {
+        *self.lock_timeline()
+    }
+
+    /// How often the guest had to be served by this process, until now. It does not count what KVM does itself.
+    pub fn exits(&self) -> u64 {
+        self.control.exits()
+    }
+
+    /// Ends the vCPUs and waits for their threads. The machine cannot be started again.
+    pub fn stop(&self) {
+        self.change_phase(Phase::Stopped);
+        let mut processors = self.processors();
+        if let Processors::Started(threads) = &mut *processors {
+            for thread in threads.drain(..) {
+                // A vCPU that panicked has ended, too.
+                let _ = thread.join();
+            }
+        }
+        *processors = Processors::Started(Vec::new());
+    }
+
+    /// First the new phase, then the kick: a vCPU that comes back looks at the phase.
+    fn change_phase(&self, phase: Phase) {
+        self.control.set_phase(phase);
+        if let Processors::Started(threads) = &*self.processors() {
+            for thread in threads.iter().filter(|thread| !thread.is_finished()) {
+                // It fails only for a thread that has ended.
+                let _ = thread.kill(kick_signal());
+            }
+        }
+    }
+
+    fn slot(&self, number: u8) -> Result<&Slot, MachineError> {
+        self.bus.slots().get(usize::from(number)).ok_or(MachineError::NoSlot(number))
+    }
+
+    fn processors(&self) -> MutexGuard<'_, Processors> {
+        self.processors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_timeline(&self) -> MutexGuard<'_, Timeline> {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn check_counts(kvm: &Kvm, vcpus: u8, slots: u8) -> Result<(), MachineError> {
+    let max = kvm.get_max_vcpus().min(usize::from(MAX_VCPUS));
+    if vcpus == 0 || usize::from(vcpus) > max {
+        return Err(MachineError::VcpuCount { count: vcpus, max });
+    }
+    if slots > MAX_SLOTS {
+        return Err(MachineError::SlotCount(slots));
+    }
+    Ok(())
+}
+
+/// A virtual machine with KVM's interrupt controllers. There is no PIT: by their CPUID, processors have a timer that
+/// needs none for its calibration.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+    let refused = |what| move |source| MachineError::Kvm { what, source };
+    let vm = kvm.create_vm().map_err(refused("a new virtual machine"))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("the identity map's address"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(refused("the task state segment's address"))?;
+    // Before the first vCPU, or it has no local APIC.
+    vm.create_irq_chip().map_err(refused("the interrupt controllers"))?;
+    Ok(vm)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    bus: &Arc<Bus>,
+    control: &Arc<Control>,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let refused = |what| move |source| MachineError::Kvm { what, source };
+    let supported = cpuid::supported(kvm).map_err(refused("to list the processor's features"))?;
+    (0..count)
+        .map(|number| {
+            let cpuid = cpuid::for_vcpu(&supported, number, count).map_err(|_| MachineError::Kvm {
+                what: "the processor's features",
+                source: errno::Error::new(libc::E2BIG),
+            })?;
+            Ok(Vcpu::new(vm, number, &cpuid, bus.clone(), control.clone())?)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! The contract between the MMIO transport and a device.
+//!
+//! The transport owns the registers, the status machine (virtio 1.2, section 2.1) and feature negotiation. When
+//! the driver sets DRIVER_OK it hands the queues to the device, which moves them into a worker on an
+//! [event loop](crate::event_loop). A reset takes them back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::GuestMemory;
+use crate::event_loop::EventLoopError;
+
+/// Interrupt status bit: the device used a buffer (virtio 1.2, section 4.2.2).
+pub const INTERRUPT_USED_BUFFER: u32 = 1 << 0;
+/// Interrupt status bit: the device's configuration changed.
+pub const INTERRUPT_CONFIG_CHANGE: u32 = 1 << 1;
+
+/// A device that can be plugged into a slot.
+pub trait VirtioDevice: Send {
+    /// The device's type (virtio 1.2, section 5), such as 1 for a network device. Never 0.
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue, each a power of two. Its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits that the device offers. The transport adds `VIRTIO_F_VERSION_1`, and refuses a driver that
+    /// does not accept it or accepts a bit that was not offered.
+    fn features(&self) -> u64;
+
+    /// Reads from the device's configuration space. Bytes beyond its end read as zero. What a worker changes
+    /// there it announces with [`Interrupt::config_changed`], after the change.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes to the device's configuration space. Most devices have nothing there that a driver may write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device. On an error the transport sets DEVICE_NEEDS_RESET. Runs on a vCPU's thread.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the device: when this returns, it touches neither queues nor guest memory until the next
+    /// `activate`. Called also for a device that is not active. Runs on a vCPU's thread.
+    fn reset(&mut self);
+}
+
+/// What a device needs to run.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The queues that the driver made ready, in the order of their index. A queue that the driver left
+    /// unused is absent, so look at [`ActiveQueue::index`].
+    pub queues: Vec<ActiveQueue>,
+    /// The feature bits that both sides accepted.
+    pub features: u64,
+    /// How to tell the driver.
+    pub interrupt: Interrupt,
+}
+
+/// A queue that is ready, with the event that tells of new buffers.
+pub struct ActiveQueue {
+    /// The queue's number in the device.
+    pub index: u16,
+    /// The queue; valid at the time of activation, and with EVENT_IDX set where that was negotiated.
+    pub queue: Queue,
+    /// Readable when the driver kicked. The transport kicks each queue once after activation.
+    pub kick: EventFd,
+}
+
+/// Why a device could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left a queue out that the device cannot work without.
+    #[error("the driver did not set up queue {0}")]
+    MissingQueue(u16),
+    /// The event loop took no worker.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// The operating system refused something.
+    #[error("the device could not start: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// The device's interrupt line with the registers behind it that a device changes while it runs.
+#[derive(Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    generation: Arc<AtomicU32>,
+    needs_reset: Arc<AtomicBool>,
+    line: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// An interrupt that raises `line` (an irqfd) and whose status is shared with the transport.
+    pub fn new(status: Arc<AtomicU32>, line: Arc<EventFd>) -> Self {
+        Self { status, generation: Arc::default(), needs_reset: Arc::default(), line }
+    }
+
+    /// Tells the driver that buffers were used.
+    pub fn used_buffers(&self) {
+        self.raise(INTERRUPT_USED_BUFFER);
+    }
+
+    /// Tells the driver that the configuration changed. A driver that is reading it at this moment sees the
+    /// generation change, and reads again.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    /// Tells the driver that the device cannot go on before a reset (DEVICE_NEEDS_RESET): the driver broke a
+    /// rule that leaves no way to continue, such as an available index beyond the queue.
+    pub fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.config_changed();
+    }
+
+    /// The reasons that the driver has not acknowledged yet.
+    pub(crate) fn pending(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver has seen these reasons.
+    pub(crate) fn acknowledge(&self, reasons: u32) {
+        self.status.fetch_and(!reasons, Ordering::SeqCst);
+    }
+
+    /// How often the configuration changed.
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Whether the device asked for a reset.
+    pub(crate) fn is_reset_needed(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// Back to the state of a device that was just plugged. The generation goes on: a driver may hold an old one.
+    pub(crate) fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+    }
+
+    fn raise(&self, bit: u32) {
+        // The status comes first: a driver that is interrupted must find the reason.
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        // A write to an eventfd fails only when its counter is full, and then the line is raised already.
+        let _ = self.line.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupt_sets_its_reason_and_raises_the_line() {
+        let status = Arc::new(AtomicU32::new(0));
+        let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let interrupt = Interrupt::new(status.clone(), line.clone());
+        interrupt.used_buffers();
+        interrupt.config_changed();
+        assert_eq!(status.load(Ordering::SeqCst), INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG_CHANGE);
+        assert_eq!(line.read().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_device_that_needs_a_reset_says_so_until_it_gets_one() {
+        let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let interrupt = Interrupt::new(Arc::default(), line.clone());
+        interrupt.clone().needs_reset();
+        assert!(interrupt.is_reset_needed());
+        assert_eq!(interrupt.pending(), INTERRUPT_CONFIG_CHANGE);
+        assert_eq!(interrupt.generation(), 1);
+        interrupt.reset();
+        assert!(!interrupt.is_reset_needed());
+        assert_eq!((interrupt.pending(), interrupt.generation()), (0, 1));
+    }
+}

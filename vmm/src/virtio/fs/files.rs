@@ -1,0 +1,134 @@
+//! Requests about the contents of files.
+
+use std::os::fd::AsFd;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    CopyFileRangeIn, FallocateIn, FsyncIn, LseekIn, LseekOut, OpenOut, ReadIn, WriteIn, WriteOut,
+};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, copy_file_range, fallocate};
+use nix::unistd::{Whence, fdatasync, fsync, lseek, syncfs};
+
+use super::inodes::Version;
+use super::message::{MAX_DATA, Reply};
+use super::server::FileServer;
+use super::{system, wire};
+use crate::virtio::buffers::GuestBuffers;
+
+/// The most bytes that one COPY_FILE_RANGE copies, so that other requests get their turn.
+const MAX_COPY: u64 = 16 << 20;
+
+/// The flags of a file opened by the guest that matter on the host. `O_APPEND` comes with each write, and would
+/// spoil writes from a shared mapping here. `O_DIRECT` is about the guest's cache; the host's stays in use.
+pub(super) fn open_flags(flags: u32) -> OFlag {
+    let kept = OFlag::O_ACCMODE | OFlag::O_TRUNC | OFlag::O_SYNC | OFlag::O_DSYNC | OFlag::O_NOATIME;
+    OFlag::from_bits_truncate(flags as i32) & kept
+}
+
+impl FileServer {
+    /// OPEN.
+    pub(super) fn open(&self, id: u64, flags: u32, fuse_flags: u32) -> Result<OpenOut, Errno> {
+        let node = self.node(id)?;
+        if node.inode.kind() != libc::S_IFREG {
+            return Err(Errno::EPERM);
+        }
+        let flags = open_flags(flags);
+        let truncated_by_user = flags.contains(OFlag::O_TRUNC) && fuse_flags & wire::OPEN_KILL_SUIDGID != 0;
+        let unprivileged = match truncated_by_user {
+            true => self.unprivileged(&node.file)?,
+            false => None,
+        };
+        let file = self.open_inode(&node, flags)?;
+        drop(unprivileged);
+        let version = Version::from(&system::attributes(node.file.as_fd())?);
+        let keep = node.inode.unchanged_since_last_open(version);
+        let fh = self.handles.insert(&node, file)?;
+        let open_flags = if keep { wire::FOPEN_KEEP_CACHE } else { 0 };
+        Ok(OpenOut { fh, open_flags, ..Default::default() })
+    }
+
+    /// READ.
+    pub(super) fn read(&self, id: u64, what: ReadIn, reply: &mut Reply<'_>) -> Result<(), Errno> {
+        let handle = self.handles.get(what.fh, id)?;
+        reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_DATA) as usize)
+    }
+
+    /// WRITE.
+    pub(super) fn write(
+        &self,
+        id: u64,
+        what: WriteIn,
+        data: &mut GuestBuffers<'_>,
+    ) -> Result<WriteOut, Errno> {
+        if what.size > MAX_DATA || data.len() != what.size as usize {
+            return Err(Errno::EINVAL);
+        }
+        let handle = self.handles.get(what.fh, id)?;
+        let _unprivileged = match what.fuse_flags & wire::WRITE_KILL_SUIDGID != 0 {
+            true => self.unprivileged(&handle.file)?,
+            false => None,
+        };
+        // A write from a shared mapping has its place in the file, whatever the file was opened for.
+        let mapped = what.fuse_flags & wire::WRITE_CACHE != 0;
+        let written = match what.flags & libc::O_APPEND as u32 != 0 && !mapped {
+            true => data.append_file(handle.file.as_fd()),
+            false => data.write_file_at(handle.file.as_fd(), what.offset),
+        };
+        let written = written.map_err(|error| Errno::try_from(error).unwrap_or(Errno::EINVAL))?;
+        Ok(WriteOut { size: written as u32, padding: 0 })
+    }
+
+    /// RELEASE and RELEASEDIR.
+    pub(super) fn release(&self, number: u64) -> Result<(), Errno> {
+        self.handles.remove(number)
+    }
+
+    /// FSYNC and FSYNCDIR.
+    pub(super) fn sync(&self, id: u64, what: FsyncIn) -> Result<(), Errno> {
+        let handle = self.handles.get(what.fh, id)?;
+        match what.fsync_flags & wire::FSYNC_DATA_ONLY != 0 {
+            true => fdatasync(&handle.file),
+            false => fsync(&handle.file),
+        }
+    }
+
+    /// SYNCFS.
+    pub(super) fn sync_all(&self, id: u64) -> Result<(), Errno> {
+        syncfs(self.open_inode(&self.node(id)?, OFlag::O_RDONLY)?)
+    }
+
+    /// FALLOCATE.
+    pub(super) fn allocate(&self, id: u64, what: FallocateIn) -> Result<(), Errno> {
+        let handle = self.handles.get(what.fh, id)?;
+        let mode = FallocateFlags::from_bits(what.mode as i32).ok_or(Errno::EOPNOTSUPP)?;
+        let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
+        fallocate(&handle.file, mode, signed(what.offset)?, signed(what.length)?)
+    }
+
+    /// LSEEK: where data or holes are. Other positions are the guest's business.
+    pub(super) fn seek(&self, id: u64, what: LseekIn) -> Result<LseekOut, Errno> {
+        let handle = self.handles.get(what.fh, id)?;
+        let whence = match what.whence as i32 {
+            libc::SEEK_DATA => Whence::SeekData,
+            libc::SEEK_HOLE => Whence::SeekHole,
+            _ => return Err(Errno::EINVAL),
+        };
+        let offset = i64::try_from(what.offset).map_err(|_| Errno::ENXIO)?;
+        // Directories keep their position between requests.
+        let mut position = super::inodes::lock(&handle.position);
+        let offset = lseek(&handle.file, offset, whence)? as u64;
+        *position = offset;
+        Ok(LseekOut { offset })
+    }
+
+    /// COPY_FILE_RANGE: copies within the host, less than asked for where that is much.
+    pub(super) fn copy(&self, id: u64, what: CopyFileRangeIn) -> Result<WriteOut, Errno> {
+        let from = self.handles.get(what.fh_in, id)?;
+        let to = self.handles.get(what.fh_out, what.nodeid_out)?;
+        let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
+        let (mut source, mut target) = (signed(what.offset_in)?, signed(what.offset_out)?);
+        let len = what.len.min(MAX_COPY) as usize;
+        let copied = copy_file_range(&from.file, Some(&mut source), &to.file, Some(&mut target), len)?;
+        Ok(WriteOut { size: copied as u32, padding: 0 })
+    }
+}

@@ -1,0 +1,341 @@
+//! The inodes that the guest refers to.
+//!
+//! While an inode is *pinned* it is open with `O_PATH`: it can be reached whatever happens to its names, and the host
+//! cannot give its number to another file. But each pinned inode takes a file descriptor and some 2 KiB of the
+//! host's kernel that cannot be reclaimed, and a guest that walks a large tree knows all of it for as long as it
+//! has memory. So only so many are pinned at a time; of the others the table knows where they were seen last, see
+//! [`super::pins`].
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CStr, CString};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+
+/// The number of the tree's root in the protocol.
+pub(super) const ROOT: u64 = 1;
+/// How many inodes the guest may know, pinned or not.
+const MAX_KNOWN: usize = 1 << 20;
+/// How many pinned inodes are looked at to find one that can be released.
+const MAX_SEARCH: usize = 64;
+
+/// What tells one inode of the host from another. The mount is part of it: where the same directory is mounted at
+/// two places, it has two parents, and may be read-only at one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    mount: u64,
+    device: (u32, u32),
+    number: u64,
+    /// A file of another type under the same number is certainly another file.
+    kind: u32,
+}
+
+impl From<&libc::statx> for Identity {
+    fn from(status: &libc::statx) -> Self {
+        Self {
+            mount: status.stx_mnt_id,
+            device: (status.stx_dev_major, status.stx_dev_minor),
+            number: status.stx_ino,
+            kind: u32::from(status.stx_mode) & libc::S_IFMT,
+        }
+    }
+}
+
+/// Values that differ when the contents of a file do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Version {
+    size: u64,
+    modified: (i64, u32),
+    changed: (i64, u32),
+}
+
+impl From<&libc::statx> for Version {
+    fn from(status: &libc::statx) -> Self {
+        Self {
+            size: status.stx_size,
+            modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
+            changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
+        }
+    }
+}
+
+/// A name in a directory that the guest knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The number of the directory.
+    pub(super) parent: u64,
+    /// The name in it.
+    pub(super) name: CString,
+}
+
+/// An inode that the guest refers to.
+#[derive(Debug)]
+pub(super) struct Inode {
+    /// Its number in the protocol.
+    pub(super) id: u64,
+    identity: Identity,
+    opened: Mutex<Option<Version>>,
+    hold: Mutex<Hold>,
+}
+
+/// How an inode can be reached.
+#[derive(Debug)]
+struct Hold {
+    /// The inode, opened with `O_PATH`, while it is pinned.
+    file: Option<Arc<OwnedFd>>,
+    /// Where it was seen last, if that was anywhere.
+    place: Option<Place>,
+    /// Whether it was used since somebody looked.
+    used: bool,
+}
+
+impl Inode {
+    /// What it is on the host.
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Its type, as the upper bits of a mode.
+    pub(super) fn kind(&self) -> u32 {
+        self.identity.kind
+    }
+
+    /// Whether it lies on another mount than `other`.
+    pub(super) fn crosses_mount(&self, other: &Inode) -> bool {
+        self.identity.mount != other.identity.mount
+    }
+
+    /// Whether the file has not changed since this was called last.
+    pub(super) fn unchanged_since_last_open(&self, version: Version) -> bool {
+        lock(&self.opened).replace(version) == Some(version)
+    }
+
+    /// The inode, opened with `O_PATH`, if it is pinned. It stays pinned at least as long as this is kept.
+    pub(super) fn pinned(&self) -> Option<Arc<OwnedFd>> {
+        let mut hold = lock(&self.hold);
+        hold.used = true;
+        hold.file.clone()
+    }
+
+    /// Where it was seen last.
+    pub(super) fn place(&self) -> Option<Place> {
+        lock(&self.hold).place.clone()
+    }
+
+    /// Remembers where it was seen.
+    fn seen_at(&self, parent: u64, name: &CStr) {
+        let mut hold = lock(&self.hold);
+        if hold.place.as_ref().is_none_or(|place| place.parent != parent || *place.name != *name) {
+            hold.place = Some(Place { parent, name: name.to_owned() });
+        }
+    }
+
+    /// Whether nobody uses it now or did lately, so that it can be released. Asked again, it was not lately.
+    fn is_idle(&self) -> bool {
+        let mut hold = lock(&self.hold);
+        let in_use = hold.file.as_ref().is_none_or(|file| Arc::strong_count(file) > 1);
+        !std::mem::take(&mut hold.used) && !in_use && hold.place.is_some()
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    inode: Arc<Inode>,
+    lookups: u64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_id: HashMap<u64, Known>,
+    by_identity: HashMap<Identity, u64>,
+    last_id: u64,
+    /// Files that were pinned, in the order in which they shall be released. Some are gone already.
+    files: VecDeque<u64>,
+    /// The same for directories, which come last: files are found by them.
+    directories: VecDeque<u64>,
+    pinned: usize,
+}
+
+/// The table of inodes.
+#[derive(Debug)]
+pub(super) struct Inodes {
+    table: Mutex<Table>,
+    limits: Limits,
+}
+
+/// How many inodes may be pinned.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Beyond this, inodes are released that nobody uses.
+    pub(super) idle: usize,
+    /// So many more, if all are in use.
+    pub(super) in_use: usize,
+}
+
+impl Inodes {
+    /// A table with nothing but a root.
+    pub(super) fn new(root: OwnedFd, status: &libc::statx, limits: Limits) -> Inodes {
+        let inodes = Inodes { table: Mutex::default(), limits };
+        inodes.table().insert(root, Identity::from(status));
+        inodes
+    }
+
+    /// The inode of a number that the guest was told.
+    pub(super) fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
+        self.table().by_id.get(&id).map(|known| known.inode.clone()).ok_or(Errno::ESTALE)
+    }
+
+    /// The inode that the guest is told of now, which it will forget as often as it was told.
+    pub(super) fn remember(&self, file: OwnedFd, identity: Identity) -> Result<Arc<Inode>, Errno> {
+        let mut table = self.table();
+        if let Some(inode) = table.count_lookup(&identity) {
+            table.pin(&inode, file);
+            return Ok(inode);
+        }
+        if table.by_id.len() >= MAX_KNOWN || table.pinned >= self.limits.idle + self.limits.in_use {
+            return Err(Errno::ENFILE);
+        }
+        Ok(table.insert(file, identity))
+    }
+
+    /// Remembers where an inode was seen, if the guest knows it.
+    pub(super) fn seen_at(&self, identity: &Identity, parent: u64, name: &CStr) {
+        let table = self.table();
+        let id = table.by_identity.get(identity).filter(|&&id| id != ROOT);
+        if let Some(known) = id.and_then(|id| table.by_id.get(id)) {
+            known.inode.seen_at(parent, name);
+        }
+    }
+
+    /// Pins an inode again; returns what it is reached by.
+    pub(super) fn pin(&self, inode: &Inode, file: OwnedFd) -> Arc<OwnedFd> {
+        self.table().pin(inode, file)
+    }
+
+    /// An inode that should be released, if too many are pinned. [`Inodes::release`] has to follow.
+    pub(super) fn superfluous(&self) -> Option<Arc<Inode>> {
+        let mut table = self.table();
+        if table.pinned <= self.limits.idle {
+            return None;
+        }
+        let Table { by_id, files, directories, .. } = &mut *table;
+        find_idle(by_id, files).or_else(|| find_idle(by_id, directories))
+    }
+
+    /// Releases a superfluous inode, if it can be found again. Otherwise it stays until it is seen somewhere.
+    pub(super) fn release(&self, inode: &Inode, can_be_found: bool) {
+        let mut table = self.table();
+        let mut hold = lock(&inode.hold);
+        if can_be_found {
+            table.pinned -= usize::from(hold.file.take().is_some());
+        } else {
+            hold.place = None;
+            drop(hold);
+            table.enqueue(inode);
+        }
+    }
+
+    /// The guest forgets an inode, so many times. The root is never forgotten.
+    pub(super) fn forget(&self, id: u64, times: u64) {
+        let mut table = self.table();
+        let Some(known) = table.by_id.get_mut(&id).filter(|_| id != ROOT) else { return };
+        known.lookups = known.lookups.saturating_sub(times);
+        if known.lookups == 0 {
+            table.remove(id);
+        }
+    }
+
+    /// Forgets all but the root.
+    pub(super) fn clear(&self) {
+        let mut table = self.table();
+        let all: Vec<u64> = table.by_id.keys().copied().filter(|&id| id != ROOT).collect();
+        all.into_iter().for_each(|id| table.remove(id));
+    }
+
+    /// How many inodes there are, and how many of them are pinned.
+    #[cfg(test)]
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let table = self.table();
+        (table.by_id.len(), table.pinned)
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        lock(&self.table)
+    }
+}
+
+impl Table {
+    fn count_lookup(&mut self, identity: &Identity) -> Option<Arc<Inode>> {
+        let id = self.by_identity.get(identity)?;
+        let known = self.by_id.get_mut(id)?;
+        known.lookups = known.lookups.saturating_add(1);
+        Some(known.inode.clone())
+    }
+
+    /// Adds an inode under a number that was never used, so that a guest which confuses forgotten inodes with
+    /// present ones confuses only itself.
+    fn insert(&mut self, file: OwnedFd, identity: Identity) -> Arc<Inode> {
+        self.last_id += 1;
+        let id = self.last_id;
+        let hold = Mutex::new(Hold { file: None, place: None, used: true });
+        let inode = Arc::new(Inode { id, identity, opened: Mutex::default(), hold });
+        self.by_id.insert(id, Known { inode: inode.clone(), lookups: 1 });
+        self.by_identity.insert(identity, id);
+        self.pin(&inode, file);
+        inode
+    }
+
+    fn pin(&mut self, inode: &Inode, file: OwnedFd) -> Arc<OwnedFd> {
+        let mut hold = lock(&inode.hold);
+        hold.used = true;
+        if let Some(file) = &hold.file {
+            return file.clone();
+        }
+        let file = Arc::new(file);
+        hold.file = Some(file.clone());
+        drop(hold);
+        self.pinned += 1;
+        self.enqueue(inode);
+        file
+    }
+
+    /// Lines an inode up for its release.
+    fn enqueue(&mut self, inode: &Inode) {
+        let order = if inode.kind() == libc::S_IFDIR { &mut self.directories } else { &mut self.files };
+        // What was forgotten is left in the order, until that makes up the most of it.
+        if order.len() > MAX_SEARCH + 2 * self.pinned {
+            order.retain(|id| self.by_id.contains_key(id));
+        }
+        order.push_back(inode.id);
+    }
+
+    fn remove(&mut self, id: u64) {
+        let Some(known) = self.by_id.remove(&id) else { return };
+        self.pinned -= usize::from(lock(&known.inode.hold).file.is_some());
+        if self.by_identity.get(&known.inode.identity) == Some(&id) {
+            self.by_identity.remove(&known.inode.identity);
+        }
+    }
+}
+
+/// Takes an inode that nobody uses from among the first of an order, and moves others that it looked at to the end.
+fn find_idle(by_id: &HashMap<u64, Known>, order: &mut VecDeque<u64>) -> Option<Arc<Inode>> {
+    for _ in 0..MAX_SEARCH {
+        let id = order.pop_front()?;
+        let Some(Known { inode, .. }) = by_id.get(&id) else { continue };
+        if lock(&inode.hold).file.is_none() {
+            continue;
+        }
+        if inode.is_idle() {
+            return Some(inode.clone());
+        }
+        order.push_back(id);
+    }
+    None
+}
+
+/// What these locks guard is valid between any two statements, so a panic elsewhere does not spoil it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

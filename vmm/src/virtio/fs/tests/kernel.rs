@@ -1,0 +1,261 @@
+//! The server under the kernel's own FUSE client, the one that virtiofs is made of: what comes out of /dev/fuse goes
+//! through the virtqueues. These tests need root and /dev/fuse, and pass without doing anything elsewhere.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{InHeader, ReadIn};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+
+use super::driver::object;
+use super::*;
+use crate::virtio::fs::wire::opcode;
+use crate::virtio::testing::{Guest, Part};
+
+/// A directory as it is, and as it is seen through the file system.
+struct Mounted {
+    host: PathBuf,
+    seen: TempDir,
+    /// Removes the host's directory, where it was made for this.
+    temporary: Option<TempDir>,
+}
+
+impl Mounted {
+    /// Mounts a new directory in a mount namespace of this thread's own.
+    fn new() -> Option<Mounted> {
+        let host = tempfile::tempdir().unwrap();
+        fs::set_permissions(host.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let mut mounted = Self::over(host.path())?;
+        mounted.temporary = Some(host);
+        Some(mounted)
+    }
+
+    /// Mounts what is there.
+    fn over(host: &Path) -> Option<Mounted> {
+        if !nix::unistd::geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
+            return None;
+        }
+        let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse").ok()?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).ok()?;
+        let seen = tempfile::tempdir().unwrap();
+        let options = format!(
+            "fd={},rootmode=40755,user_id=0,group_id=0,default_permissions,allow_other",
+            fuse.as_raw_fd()
+        );
+        mount(Some("rvm"), seen.path(), Some("fuse"), MsFlags::empty(), Some(options.as_str())).ok()?;
+        let server = FileServer::prepare().unwrap().serve_root(host).unwrap();
+        thread::spawn(move || forward(fuse, FsDevice::new("rootfs", server).unwrap()));
+        Some(Mounted { host: host.to_owned(), seen, temporary: None })
+    }
+
+    fn host(&self, name: &str) -> PathBuf {
+        self.host.join(name)
+    }
+
+    fn seen(&self, name: &str) -> PathBuf {
+        self.seen.path().join(name)
+    }
+
+    /// Runs a shell command in the mounted directory.
+    fn run(&self, command: &str) -> String {
+        let output =
+            Command::new("sh").args(["-euc", command]).current_dir(self.seen.path()).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "{command}: {}{}", text(&output.stdout), text(&output.stderr));
+        text(&output.stdout)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(self.seen.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Carries requests from the kernel to the device and replies back, until the file system is unmounted.
+fn forward(mut fuse: File, mut device: FsDevice) {
+    let mut guest = Guest::new(&QUEUE_SIZES);
+    let features = device.features();
+    guest.activate(&mut device, features);
+    let mut buffer = vec![0; (1 << 20) + 8192];
+    while let Ok(len) = fuse.read(&mut buffer) {
+        let (header, arguments) = buffer[..len].split_at(size_of::<InHeader>());
+        let opcode = object::<InHeader>(header).opcode;
+        let room = match opcode {
+            opcode::READ | opcode::READDIR | opcode::READDIRPLUS => object::<ReadIn>(arguments).size,
+            _ => 80 << 10,
+        };
+        let queue = usize::from(REQUEST_QUEUE);
+        let parts = [Part::Out(header.to_vec()), Part::Out(arguments.to_vec()), Part::In(16), Part::In(room)];
+        guest.push(queue, &parts);
+        guest.kick(queue);
+        let reply = loop {
+            match guest.pop_used(queue) {
+                Some(used) => break used,
+                None => thread::yield_now(),
+            }
+        };
+        if reply.len > 0 {
+            // A request that was given up in the meantime takes no reply.
+            let _ = fuse.write(&reply.data);
+        }
+    }
+}
+
+#[test]
+fn programs_find_a_file_system_as_they_know_it() {
+    let Some(mounted) = Mounted::new() else { return };
+    mounted.run("cp -a /usr/include/linux . && diff -r /usr/include/linux linux && rm -r linux");
+    mounted.run(
+        "mkdir d && cd d && touch a && ln a b && ln -s a c && mkfifo f && mv b e && ls -la && rm -r ../d",
+    );
+    mounted.run(
+        "dd if=/dev/urandom of=big bs=1M count=20 && sync && cp big copy && cmp big copy && rm big copy",
+    );
+    mounted.run("seq 100000 > n && tail -c 3000 n | wc -c && sort -R n | sort -n | cmp - n && truncate -s 5 n && cat n");
+    mounted.run("tar cf - -C /usr/include linux | tar xf - && tar df - < /dev/null || true; rm -r linux");
+    mounted.run("printf '#!/bin/sh\\necho ran' > x; chmod +x x; test \"$(./x)\" = ran");
+    mounted.run("touch -d @77 t && test \"$(stat -c %Y t)\" = 77 && ln -s t s && touch -h -d @55 s && test \"$(stat -c %Y s)\" = 55");
+    mounted.run("df . && test \"$(ls -a | head -2 | tr -d '\\n')\" = ...");
+}
+
+#[test]
+fn changes_on_the_host_are_seen() {
+    let Some(mounted) = Mounted::new() else { return };
+    let validity = VALIDITY + Duration::from_millis(50);
+    let read = |name: &str| fs::read_to_string(mounted.seen(name)).unwrap_or_default();
+    for round in 0..3 {
+        // A file that grows, one that another replaces, a directory made anew.
+        fs::write(mounted.host("file"), "x".repeat(round + 1)).unwrap();
+        fs::write(mounted.host("new"), round.to_string()).unwrap();
+        fs::rename(mounted.host("new"), mounted.host("replaced")).unwrap();
+        let _ = fs::remove_dir_all(mounted.host("directory"));
+        fs::create_dir(mounted.host("directory")).unwrap();
+        fs::write(mounted.host(&format!("directory/{round}")), round.to_string()).unwrap();
+        thread::sleep(validity);
+        assert_eq!(read("file").len(), round + 1);
+        assert_eq!(read("replaced"), round.to_string());
+        assert_eq!(read(&format!("directory/{round}")), round.to_string());
+        assert_eq!(fs::read_dir(mounted.seen("directory")).unwrap().count(), 1);
+    }
+    // Same length, and opened before: the cache holds it.
+    let mut open = File::open(mounted.seen("file")).unwrap();
+    let mut text = String::new();
+    open.read_to_string(&mut text).unwrap();
+    fs::write(mounted.host("file"), "yyy").unwrap();
+    thread::sleep(validity);
+    text.clear();
+    open.seek(SeekFrom::Start(0)).unwrap();
+    open.read_to_string(&mut text).unwrap();
+    assert_eq!((text.as_str(), read("file").as_str()), ("yyy", "yyy"));
+}
+
+#[test]
+fn the_finer_points_hold() {
+    let Some(mounted) = Mounted::new() else { return };
+    let path = mounted.seen("file");
+    let append = || OpenOptions::new().create(true).append(true).open(&path).unwrap();
+    let (mut first, mut second) = (append(), append());
+    for round in 0..100 {
+        writeln!(first, "{round}").unwrap();
+        writeln!(second, "{round}").unwrap();
+    }
+    let expected: String = (0..100).map(|round| format!("{round}\n{round}\n")).collect();
+    assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+
+    // Unlinked and still in use, also for a truncation and another look.
+    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    file.set_len(3).unwrap();
+    file.write_all_at(b"0123456789", 3).unwrap();
+    assert_eq!((file.metadata().unwrap().len(), file.metadata().unwrap().nlink()), (13, 0));
+
+    // Shared memory of two mappings reaches the file, and the host.
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    file.set_len(8192).unwrap();
+    let length = std::num::NonZeroUsize::new(8192).unwrap();
+    let protection = nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let map = || unsafe {
+        nix::sys::mman::mmap(None, length, protection, nix::sys::mman::MapFlags::MAP_SHARED, &file, 0)
+            .unwrap()
+    };
+    let (one, other) = (map(), map());
+    // SAFETY: the mapping is writable, and the kernel gave it whole pages.
+    unsafe { one.cast::<u8>().write_volatile(b'!') };
+    // SAFETY: the mapping is readable, and the kernel gave it whole pages.
+    assert_eq!(unsafe { other.cast::<u8>().read_volatile() }, b'!');
+    file.sync_all().unwrap();
+    assert_eq!(fs::read(mounted.host("file")).unwrap()[0], b'!');
+
+    // A file without a name.
+    let unnamed =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(mounted.seen(""));
+    unnamed.unwrap().write_all(b"x").unwrap();
+    // Locks are the guest's own, and work there.
+    mounted.run("flock file true && flock -n file sh -c '! flock -n file true'");
+    // Descriptors are given back.
+    let open = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    for round in 0..300 {
+        fs::write(mounted.seen(&format!("many{round}")), "x").unwrap();
+    }
+    assert!(open() >= before + 300, "an inode that the guest knows is held open");
+    mounted.run("rm many*");
+    wait_for(|| open() <= before + 100);
+}
+
+#[test]
+fn users_get_their_files_and_no_others() {
+    let Some(mounted) = Mounted::new() else { return };
+    fs::set_permissions(mounted.seen.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    mounted.run("mkdir shared open && chgrp 3000 shared && chmod 2770 shared && chmod 1777 open && echo s > secret && chmod 600 secret");
+    let run = |user: &str, command: &str| {
+        let all = format!("setpriv --reuid {user} --regid {user} --groups 3000 sh -euc '{command}'");
+        mounted.run(&all)
+    };
+    run("1000", "echo x > shared/a && echo y > open/b && mkdir shared/d");
+    let host = |name: &str| fs::metadata(mounted.host(name)).unwrap();
+    assert_eq!((host("shared/a").uid(), host("shared/a").gid()), (1000, 3000), "the directory's group");
+    assert_eq!((host("open/b").uid(), host("open/b").gid()), (1000, 1000));
+    assert_eq!(host("shared/d").mode() & 0o7777, 0o2755);
+    run("1001", "! cat secret && ! rm -f open/b && ! mkdir x && rm -f shared/a");
+    mounted.run("setpriv --reuid 1002 --regid 1002 --clear-groups sh -c '! ls shared'");
+    // Set-user-ID is lost to a write of someone without privilege.
+    mounted.run("touch open/suid && chown 1000 open/suid && chmod 4777 open/suid");
+    run("1001", "echo z >> open/suid");
+    assert_eq!(host("open/suid").mode() & 0o7777, 0o777);
+}
+
+/// For trying programs by hand, in a new directory or in that of RVM_FS_ROOT:
+/// `RVM_FS_COMMAND='...' cargo test -p rvm-vmm -- --ignored by_hand --nocapture`.
+#[test]
+#[ignore = "runs the command of RVM_FS_COMMAND"]
+fn by_hand() {
+    let Ok(command) = std::env::var("RVM_FS_COMMAND") else { return };
+    let root = std::env::var("RVM_FS_ROOT").ok();
+    let mounted = root.map_or_else(Mounted::new, |root| Mounted::over(root.as_ref()));
+    let Some(mounted) = mounted else { return };
+    let directory: &Path = mounted.seen.path();
+    let status = Command::new("sh").args(["-c", &command]).current_dir(directory).status().unwrap();
+    assert!(status.success());
+}
+
+fn wait_for(condition: impl Fn() -> bool) {
+    for _ in 0..1000 {
+        if condition() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    panic!("it never came to be");
+}

@@ -1,0 +1,136 @@
+//! More inodes than may be pinned.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use fuse_backend_rs::abi::fuse_abi::{AttrOut, ReleaseIn, RenameIn, WriteIn};
+use nix::errno::Errno;
+use vm_memory::ByteValued;
+
+use super::driver::ROOT;
+use super::*;
+use crate::virtio::fs::inodes::{Inodes, Limits};
+use crate::virtio::fs::wire::opcode;
+
+/// A driver whose server keeps to these limits, over a tree of 10 directories with 20 files each.
+fn driver(idle: usize, in_use: usize) -> Driver {
+    let driver = Driver::with(|server| {
+        let root = server.node(ROOT).unwrap();
+        let status = system::attributes(root.file.as_fd()).unwrap();
+        let file = root.file.as_fd().try_clone_to_owned().unwrap();
+        server.inodes = Inodes::new(file, &status, Limits { idle, in_use });
+    });
+    for directory in 0..10 {
+        fs::create_dir(driver.host(&format!("d{directory}"))).unwrap();
+        for file in 0..20 {
+            fs::write(driver.host(&format!("d{directory}/f{file}")), format!("{directory} {file}")).unwrap();
+        }
+    }
+    driver
+}
+
+/// Looks everything up; returns the numbers of the files.
+fn walk(driver: &mut Driver) -> Vec<Vec<u64>> {
+    let walk_directory = |directory| {
+        let name = CString::new(format!("d{directory}")).unwrap();
+        let parent = driver.lookup(ROOT, &name).unwrap().nodeid;
+        let mut file =
+            |file| driver.lookup(parent, &CString::new(format!("f{file}")).unwrap()).unwrap().nodeid;
+        (0..20).map(&mut file).collect()
+    };
+    (0..10).map(walk_directory).collect()
+}
+
+fn attributes(driver: &mut Driver, node: u64) -> Result<AttrOut, Errno> {
+    driver.object(opcode::GETATTR, node, &[&[0; 16]])
+}
+
+fn counts(driver: &Driver) -> (usize, usize) {
+    driver.device.server.inodes.counts()
+}
+
+#[test]
+fn inodes_are_released_and_found_again() {
+    let mut driver = driver(12, 8);
+    let nodes = walk(&mut driver);
+    assert_eq!(counts(&driver).0, 211);
+    assert!(counts(&driver).1 <= 20, "{:?}", counts(&driver));
+    for (directory, files) in nodes.iter().enumerate() {
+        for (file, &node) in files.iter().enumerate() {
+            let host = fs::metadata(driver.host(&format!("d{directory}/f{file}"))).unwrap();
+            assert_eq!(attributes(&mut driver, node).unwrap().attr.ino, host.ino());
+            let fh = driver.open(node, libc::O_RDONLY).unwrap().fh;
+            let expected = format!("{directory} {file}");
+            assert_eq!(driver.read(node, fh, 0, 100).unwrap(), expected.as_bytes());
+            driver.call(opcode::RELEASE, node, &[ReleaseIn { fh, ..Default::default() }.as_slice()]).unwrap();
+        }
+    }
+    assert!(counts(&driver).1 <= 20, "{:?}", counts(&driver));
+    assert_eq!(walk(&mut driver), nodes, "they have the same numbers as before");
+}
+
+#[test]
+fn a_released_inode_that_is_elsewhere_is_stale_until_it_is_seen() {
+    let mut driver = driver(12, 8);
+    let first = walk(&mut driver)[0][0];
+    fs::rename(driver.host("d0/f0"), driver.host("elsewhere")).unwrap();
+    assert_eq!(attributes(&mut driver, first).unwrap_err(), Errno::ESTALE);
+    // Another file is in its place, which is not mistaken for it.
+    fs::rename(driver.host("d0/f1"), driver.host("d0/f0")).unwrap();
+    assert_eq!(attributes(&mut driver, first).unwrap_err(), Errno::ESTALE);
+    assert_eq!(driver.lookup(ROOT, c"elsewhere").unwrap().nodeid, first);
+    assert_eq!(attributes(&mut driver, first).unwrap().attr.size, 3);
+}
+
+#[test]
+fn what_the_guest_moves_is_found_where_it_is() {
+    let mut driver = driver(12, 8);
+    let nodes = walk(&mut driver);
+    let from = driver.lookup(ROOT, c"d0").unwrap().nodeid;
+    let rename = RenameIn { newdir: ROOT };
+    driver.call(opcode::RENAME, from, &[rename.as_slice(), b"f0\0moved\0"]).unwrap();
+    driver.call(opcode::RENAME, ROOT, &[rename.as_slice(), b"d1\0directory\0"]).unwrap();
+    walk_others(&mut driver);
+    assert_eq!(attributes(&mut driver, nodes[0][0]).unwrap().attr.size, 3);
+    assert_eq!(attributes(&mut driver, nodes[1][7]).unwrap().attr.size, 3);
+}
+
+fn walk_others(driver: &mut Driver) {
+    for directory in 2..10 {
+        let parent = driver.lookup(ROOT, &CString::new(format!("d{directory}")).unwrap()).unwrap().nodeid;
+        for file in 0..20 {
+            driver.lookup(parent, &CString::new(format!("f{file}")).unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn open_files_stay_reachable_without_a_name() {
+    let mut driver = driver(12, 8);
+    let (entry, opened) = driver.create(c"open", 0o644).unwrap();
+    driver.call(opcode::UNLINK, ROOT, &[b"open\0"]).unwrap();
+    walk(&mut driver);
+    driver.write(entry.nodeid, WriteIn { fh: opened.fh, ..Default::default() }, b"x").unwrap();
+    let attr = attributes(&mut driver, entry.nodeid).unwrap().attr;
+    assert_eq!((attr.nlink, attr.size), (0, 1));
+}
+
+#[test]
+fn too_many_open_files_are_an_error_until_some_are_closed() {
+    let mut driver = driver(12, 8);
+    let mut open = Vec::new();
+    let refused = loop {
+        match driver.create(&CString::new(format!("n{}", open.len())).unwrap(), 0o644) {
+            Ok((entry, opened)) => open.push((entry.nodeid, opened.fh)),
+            Err(errno) => break errno,
+        }
+        assert!(open.len() < 100);
+    };
+    assert_eq!(refused, Errno::ENFILE);
+    for (node, fh) in open {
+        driver.call(opcode::RELEASE, node, &[ReleaseIn { fh, ..Default::default() }.as_slice()]).unwrap();
+    }
+    driver.create(c"room-again", 0o644).unwrap();
+}

@@ -1,0 +1,137 @@
+//! A place in the machine for one device, at an address and with an interrupt of its own.
+//!
+//! The guest knows of all slots from its command line. An empty one has a device ID of 0; once a device is plugged
+//! in, the guest's driver finds it when it probes the slot again.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Transport, registers};
+use crate::GuestMemory;
+use crate::layout;
+use crate::virtio::VirtioDevice;
+
+/// Why a device could not be plugged in or taken out.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// There is a device already.
+    #[error("slot {0} has a device already")]
+    Occupied(u8),
+    /// A device has to have a type.
+    #[error("the device for slot {0} has the type 0, which means that there is no device")]
+    NoType(u8),
+    /// An eventfd could not be made.
+    #[error("the events of slot {slot} could not be created: {source}")]
+    Event {
+        /// The slot's number.
+        slot: u8,
+        /// What the operating system reported.
+        source: io::Error,
+    },
+    /// KVM did not take an event.
+    #[error("KVM refused the {what} of slot {slot}: {source}")]
+    Kvm {
+        /// What was refused.
+        what: &'static str,
+        /// The slot's number.
+        slot: u8,
+        /// What KVM reported.
+        source: errno::Error,
+    },
+}
+
+/// One slot.
+pub(crate) struct Slot {
+    number: u8,
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    plugged: Mutex<Option<Plugged>>,
+}
+
+struct Plugged {
+    transport: Transport,
+    line: Arc<EventFd>,
+}
+
+impl Slot {
+    /// An empty slot.
+    pub(crate) fn new(number: u8, vm: Arc<VmFd>, memory: GuestMemory) -> Self {
+        Self { number, vm, memory, plugged: Mutex::new(None) }
+    }
+
+    /// Puts a device in.
+    pub(crate) fn plug(&self, device: Box<dyn VirtioDevice>) -> Result<(), SlotError> {
+        if device.device_type() == 0 {
+            return Err(SlotError::NoType(self.number));
+        }
+        let mut plugged = self.lock();
+        if plugged.is_some() {
+            return Err(SlotError::Occupied(self.number));
+        }
+        let event_error = |source| SlotError::Event { slot: self.number, source };
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(event_error)?;
+        let line = Arc::new(line);
+        let transport = Transport::new(device, self.memory.clone(), line.clone()).map_err(event_error)?;
+        let new = Plugged { transport, line };
+        self.connect(&new).inspect_err(|_| self.disconnect(&new))?;
+        *plugged = Some(new);
+        Ok(())
+    }
+
+    /// Takes the device out, if there is one; it is reset.
+    pub(crate) fn unplug(&self) -> Option<Box<dyn VirtioDevice>> {
+        let plugged = self.lock().take()?;
+        self.disconnect(&plugged);
+        Some(plugged.transport.into_device())
+    }
+
+    /// A driver's read.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
+        match self.lock().as_ref() {
+            Some(plugged) => plugged.transport.read(offset, data),
+            None => registers::read_empty(offset, data),
+        }
+    }
+
+    /// A driver's write; an empty slot takes none.
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(plugged) = self.lock().as_mut() {
+            plugged.transport.write(offset, data);
+        }
+    }
+
+    /// A thread that panicked while it held the lock left a device behind that may be half set up; its registers
+    /// are checked on each use all the same.
+    fn lock(&self) -> MutexGuard<'_, Option<Plugged>> {
+        self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on KVM raises the interrupt for the line, and turns a write of a queue's number to QueueNotify
+    /// into that queue's kick, without an exit to user space.
+    fn connect(&self, plugged: &Plugged) -> Result<(), SlotError> {
+        let refused = |what| move |source| SlotError::Kvm { what, slot: self.number, source };
+        let gsi = layout::slot_gsi(self.number);
+        self.vm.register_irqfd(&plugged.line, gsi).map_err(refused("interrupt"))?;
+        for (index, kick) in (0_u32..).zip(plugged.transport.kicks()) {
+            self.vm.register_ioevent(kick, &self.notify(), index).map_err(refused("queue notification"))?;
+        }
+        Ok(())
+    }
+
+    /// The opposite of [`connect`](Self::connect), of which parts may be missing.
+    fn disconnect(&self, plugged: &Plugged) {
+        for (index, kick) in (0_u32..).zip(plugged.transport.kicks()) {
+            let _ = self.vm.unregister_ioevent(kick, &self.notify(), index);
+        }
+        let _ = self.vm.unregister_irqfd(&plugged.line, layout::slot_gsi(self.number));
+    }
+
+    fn notify(&self) -> IoEventAddress {
+        IoEventAddress::Mmio(layout::slot_address(self.number).0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY))
+    }
+}

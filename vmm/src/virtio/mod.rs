@@ -1,0 +1,16 @@
+//! Virtio devices (virtio 1.2) and what they share with the transport.
+
+pub mod balloon;
+pub mod block;
+pub mod buffers;
+pub mod device;
+pub mod fs;
+pub(crate) mod mmio;
+pub mod net;
+pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod virtqueue;
+pub mod vsock;
+
+pub use device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};

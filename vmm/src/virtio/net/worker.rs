@@ -1,0 +1,263 @@
+//! Frames between queues and tap.
+//!
+//! The tap is watched for changes (edge-triggered), and read only while the guest has buffers: a guest without any
+//! costs nothing, and its frames wait in the tap's own queue, which drops what is too much.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vm_memory::GuestMemoryMmap;
+
+use super::tap::Tap;
+use super::{HEADER, LINK_HEADER, MAX_PACKET};
+use crate::GuestMemory;
+use crate::virtio::Interrupt;
+use crate::virtio::buffers::GuestBuffers;
+use crate::virtio::virtqueue::{QueueError, Virtqueue};
+
+/// How many frames go one way before other devices of the loop get their turn.
+const BATCH: usize = 64;
+/// Where the header tells over how many buffers a frame is spread.
+const BUFFER_COUNT: usize = 10;
+
+/// What the device runs on the loop.
+pub(super) struct Worker {
+    memory: GuestMemory,
+    interrupt: Interrupt,
+    tap: Tap,
+    receive: Virtqueue,
+    transmit: Virtqueue,
+    /// Whether a frame may be spread over several buffers.
+    mergeable: bool,
+    /// The longest frame for the guest, with its header.
+    largest: usize,
+    /// Whether the tap may have frames.
+    tap_ready: bool,
+    /// A frame that waits for more buffers.
+    waiting: Option<Vec<u8>>,
+}
+
+/// A buffer of the guest's for received frames.
+struct Buffer<'m> {
+    head: u16,
+    room: GuestBuffers<'m>,
+}
+
+/// Why nothing more can be received now.
+enum Pause {
+    /// The tap has no frames.
+    Tap,
+    /// The guest has no buffers, or not enough.
+    Buffers,
+}
+
+impl Worker {
+    /// A worker for a tap and the queues to receive and to transmit.
+    pub(super) fn new(
+        memory: GuestMemory,
+        interrupt: Interrupt,
+        tap: Tap,
+        [receive, transmit]: [Virtqueue; 2],
+        mergeable: bool,
+        largest: usize,
+    ) -> Worker {
+        Worker {
+            memory,
+            interrupt,
+            tap,
+            receive,
+            transmit,
+            mergeable,
+            largest,
+            // Frames that came before are not announced again.
+            tap_ready: true,
+            waiting: None,
+        }
+    }
+
+    /// Sends one batch of frames.
+    fn transmit(&mut self) -> Result<(), QueueError> {
+        let memory = self.memory.clone();
+        self.transmit.disable_kicks(&memory)?;
+        for _ in 0..BATCH {
+            let Some(chain) = self.transmit.pop(&memory)? else {
+                if self.transmit.enable_kicks(&memory)? {
+                    continue;
+                }
+                return self.transmit.notify(&memory, &self.interrupt);
+            };
+            let head = chain.head_index();
+            if let Ok(frame) = GuestBuffers::readable(&memory, chain) {
+                self.send(frame);
+            }
+            self.transmit.push_used(&memory, head, 0)?;
+        }
+        self.transmit.kick_self();
+        self.transmit.notify(&memory, &self.interrupt)
+    }
+
+    /// Gives a frame to the tap, which checks the header. What it does not take is lost, as on any network.
+    fn send(&self, mut frame: GuestBuffers<'_>) {
+        if (HEADER + 1..=HEADER + LINK_HEADER + MAX_PACKET).contains(&frame.len()) {
+            let _ = frame.write_stream(self.tap.as_fd());
+        }
+    }
+
+    /// Receives one batch of frames.
+    fn receive(&mut self) -> Result<(), QueueError> {
+        let memory = self.memory.clone();
+        let mut buffers = VecDeque::new();
+        let mut pause = None;
+        for _ in 0..BATCH {
+            if !self.tap_ready && self.waiting.is_none() {
+                pause = Some(Pause::Tap);
+                break;
+            }
+            pause = self.receive_one(&memory, &mut buffers)?;
+            match pause {
+                Some(Pause::Tap) => self.tap_ready = false,
+                Some(Pause::Buffers) if self.receive.enable_kicks(&memory)? => pause = None,
+                Some(Pause::Buffers) => break,
+                None => (),
+            }
+        }
+        buffers.iter().for_each(|_| self.receive.undo_pop());
+        if pause.is_none() {
+            self.receive.kick_self();
+        }
+        self.receive.notify(&memory, &self.interrupt)
+    }
+
+    /// Receives one frame into the buffers at hand, of which more are taken from the queue as needed.
+    fn receive_one<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        buffers: &mut VecDeque<Buffer<'m>>,
+    ) -> Result<Option<Pause>, QueueError> {
+        let wanted = self.waiting.as_ref().map_or(self.largest, Vec::len);
+        let Some(mut room) = self.gather(memory, buffers, wanted)? else { return Ok(Some(Pause::Buffers)) };
+        let header = room.clone();
+        let len = match self.waiting.take() {
+            Some(frame) if frame.len() <= room.len() => room.write(&frame),
+            Some(_) if !self.mergeable => return Ok(None),
+            Some(frame) => {
+                self.waiting = Some(frame);
+                return Ok(Some(Pause::Buffers));
+            }
+            None if room.len() < self.largest => return Ok(self.read_aside()),
+            None => match room.read_stream(self.tap.as_fd()) {
+                Ok(0) => return Ok(Some(Pause::Tap)),
+                Ok(len) => len,
+                Err(error) => return Ok(tap_pause(&error)),
+            },
+        };
+        self.hand_over(memory, buffers, header, len)?;
+        Ok(None)
+    }
+
+    /// The room for a frame of this length: buffers are taken until they suffice or there are no more. Returns
+    /// nothing if there is not a single one.
+    fn gather<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        buffers: &mut VecDeque<Buffer<'m>>,
+        wanted: usize,
+    ) -> Result<Option<GuestBuffers<'m>>, QueueError> {
+        let mut all = GuestBuffers::empty();
+        let mut next = 0;
+        while all.len() < wanted && (next == 0 || self.mergeable) {
+            if next == buffers.len() {
+                let Some(chain) = self.receive.pop(memory)? else { break };
+                let head = chain.head_index();
+                // A chain that makes no sense has no room, and goes back with the next frame.
+                let room = GuestBuffers::writable(memory, chain).unwrap_or_else(|_| GuestBuffers::empty());
+                buffers.push_back(Buffer { head, room });
+            }
+            all.append(buffers[next].room.clone());
+            next += 1;
+        }
+        Ok((next > 0).then_some(all))
+    }
+
+    /// Reads a frame for which there may not be enough room, to see how long it is.
+    fn read_aside(&mut self) -> Option<Pause> {
+        let mut frame = vec![0; self.largest];
+        match nix::unistd::read(&self.tap, &mut frame) {
+            Ok(0) => Some(Pause::Tap),
+            Ok(len) => {
+                frame.truncate(len);
+                self.waiting = Some(frame);
+                None
+            }
+            Err(errno) => tap_pause(&errno.into()),
+        }
+    }
+
+    /// Gives buffers back with a frame in them.
+    fn hand_over(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        buffers: &mut VecDeque<Buffer<'_>>,
+        mut header: GuestBuffers<'_>,
+        len: usize,
+    ) -> Result<(), QueueError> {
+        let (mut used, mut rest) = (Vec::new(), len);
+        while let Some(buffer) = buffers.pop_front() {
+            let filled = rest.min(buffer.room.len());
+            used.push((buffer.head, filled as u32));
+            rest -= filled;
+            if rest == 0 {
+                break;
+            }
+        }
+        // Before the guest may look: the tap leaves this field alone.
+        header.split_front(BUFFER_COUNT);
+        header.write(&(used.len() as u16).to_le_bytes());
+        for (head, filled) in used {
+            self.receive.push_used(memory, head, filled)?;
+        }
+        Ok(())
+    }
+}
+
+/// What an error of the tap means. An interface that is down or gone has no frames, and says so when it has.
+fn tap_pause(error: &io::Error) -> Option<Pause> {
+    match error.kind() {
+        io::ErrorKind::Interrupted => None,
+        _ => Some(Pause::Tap),
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let result = match events.fd() {
+            fd if fd == self.transmit.as_raw_fd() => {
+                self.transmit.acknowledge_kick();
+                self.transmit()
+            }
+            fd if fd == self.receive.as_raw_fd() => {
+                self.receive.acknowledge_kick();
+                self.receive()
+            }
+            _ => {
+                self.tap_ready = true;
+                self.receive()
+            }
+        };
+        if result.is_err() {
+            // The queues cannot be used any more: leave them alone until the driver resets the device.
+            let _ = ops.remove(Events::empty(&self.transmit));
+            let _ = ops.remove(Events::empty(&self.receive));
+            let _ = ops.remove(Events::empty(&self.tap.as_fd()));
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        // These fail only for want of memory in the kernel. Then the device stays mute, like a cable unplugged.
+        let _ = ops.add(Events::new(&self.transmit, EventSet::IN));
+        let _ = ops.add(Events::new(&self.receive, EventSet::IN));
+        let _ = ops.add(Events::new(&self.tap.as_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED));
+    }
+}

@@ -1,0 +1,239 @@
+//! One virtqueue as a device's worker uses it: take chains, give them back, tell the driver.
+//!
+//! A driver can write anything into its rings. What leaves the queue usable (a chain that makes no sense) is for
+//! the device to judge; what does not (an index beyond the queue, a ring outside of memory) is a [`QueueError`],
+//! after which the device has to stop: to go on would mean to spin on, or to write to, something arbitrary.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, Interrupt};
+
+/// A chain of descriptors in the guest's memory.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// Why a queue cannot be used any more.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The rings make no sense.
+    #[error("the driver corrupted virtqueue {queue}: {source}")]
+    Corrupt {
+        /// Number of the queue.
+        queue: u16,
+        /// What virtio-queue reported.
+        source: virtio_queue::Error,
+    },
+    /// An entry of the available ring cannot be read.
+    #[error("the driver corrupted virtqueue {0}: its available ring cannot be read")]
+    Unreadable(u16),
+    /// A chain starts beyond the descriptor table.
+    #[error("the driver corrupted virtqueue {queue}: a chain starts at descriptor {head}")]
+    Head {
+        /// Number of the queue.
+        queue: u16,
+        /// The index that is too large.
+        head: u16,
+    },
+}
+
+/// A queue with the event that tells of new buffers.
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    kick: EventFd,
+    used: bool,
+}
+
+impl From<ActiveQueue> for Virtqueue {
+    fn from(active: ActiveQueue) -> Self {
+        Self { index: active.index, queue: active.queue, kick: active.kick, used: false }
+    }
+}
+
+impl AsRawFd for Virtqueue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.kick.as_raw_fd()
+    }
+}
+
+impl Virtqueue {
+    /// Clears the event of new buffers. To be done before looking for them, or a kick could get lost.
+    pub fn acknowledge_kick(&self) {
+        // It fails only when there was none.
+        let _ = self.kick.read();
+    }
+
+    /// Makes the queue's event readable, as a kick of the driver does.
+    pub fn kick_self(&self) {
+        // A write to an eventfd fails only when its counter is full, and then it is readable already.
+        let _ = self.kick.write(1);
+    }
+
+    /// Takes the next chain that the driver offers.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Result<Option<Chain<'m>>, QueueError> {
+        if self.is_empty(memory)? {
+            return Ok(None);
+        }
+        let queue = self.index;
+        let corrupt = |source| QueueError::Corrupt { queue, source };
+        // Something is on offer, so an iterator that yields nothing failed to read it, and would do so for ever.
+        let chain = self.queue.iter(memory).map_err(corrupt)?.next().ok_or(QueueError::Unreadable(queue))?;
+        if chain.head_index() >= self.queue.size() {
+            return Err(QueueError::Head { queue, head: chain.head_index() });
+        }
+        Ok(Some(chain))
+    }
+
+    /// Puts the chain that was taken last back to where it was.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Whether the driver offers nothing.
+    pub fn is_empty(&self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        Ok(self.avail_index(memory)? == self.queue.next_avail())
+    }
+
+    /// How many chains the driver has offered in all, modulo 2^16.
+    pub fn avail_index(&self, memory: &GuestMemoryMmap) -> Result<u16, QueueError> {
+        let index = self.queue.avail_idx(memory, Ordering::Acquire);
+        index.map(|index| index.0).map_err(|source| self.corrupt(source))
+    }
+
+    /// Gives a chain back, with the number of bytes written to it.
+    pub fn push_used(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), QueueError> {
+        self.used = true;
+        self.queue.add_used(memory, head, len).map_err(|source| self.corrupt(source))
+    }
+
+    /// Raises the interrupt if buffers were used since the last call and the driver wants to know.
+    pub fn notify(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
+        if !std::mem::take(&mut self.used) {
+            return Ok(());
+        }
+        if self.queue.needs_notification(memory).map_err(|source| self.corrupt(source))? {
+            interrupt.used_buffers();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to kick: the device is looking anyway.
+    pub fn disable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        self.queue.disable_notification(memory).map_err(|source| self.corrupt(source))
+    }
+
+    /// Asks the driver to kick for the next chain. Returns whether there is one already, for which no kick may
+    /// come.
+    pub fn enable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        self.queue.enable_notification(memory).map_err(|source| self.corrupt(source))
+    }
+
+    /// Asks the driver to kick for the next chain beyond the first `offered` ones, whether or not the device has
+    /// taken those. Returns whether there is one already.
+    pub fn enable_kicks_beyond(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        offered: u16,
+    ) -> Result<bool, QueueError> {
+        let taken = self.queue.next_avail();
+        self.queue.set_next_avail(offered);
+        let more = self.enable_kicks(memory);
+        self.queue.set_next_avail(taken);
+        more
+    }
+
+    fn corrupt(&self, source: virtio_queue::Error) -> QueueError {
+        QueueError::Corrupt { queue: self.index, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::virtio::testing::{Descriptor, Guest, MEMORY, Part};
+
+    fn queue(guest: &Guest) -> Virtqueue {
+        guest.activation(0).queues.remove(0).into()
+    }
+
+    #[test]
+    fn chains_come_in_order_and_can_be_put_back() {
+        let mut guest = Guest::new(&[4]);
+        let heads = [guest.push(0, &[Part::In(8)]), guest.push(0, &[Part::In(8), Part::In(8)])];
+        let mut queue = queue(&guest);
+        let memory = guest.memory.clone();
+        assert_eq!(queue.pop(&memory).unwrap().unwrap().head_index(), heads[0]);
+        queue.undo_pop();
+        assert_eq!(queue.pop(&memory).unwrap().unwrap().head_index(), heads[0]);
+        assert_eq!(queue.pop(&memory).unwrap().unwrap().head_index(), heads[1]);
+        assert!(queue.pop(&memory).unwrap().is_none());
+    }
+
+    #[test]
+    fn rings_wrap_around() {
+        let mut guest = Guest::new(&[2]);
+        let mut queue = queue(&guest);
+        let memory = guest.memory.clone();
+        for round in 0..70_000u32 {
+            let head = guest.push(0, &[Part::In(4)]);
+            assert_eq!(queue.pop(&memory).unwrap().unwrap().head_index(), head, "round {round}");
+            queue.push_used(&memory, head, 4).unwrap();
+            assert_eq!(guest.pop_used(0).unwrap().head, head);
+        }
+    }
+
+    #[test]
+    fn a_batch_interrupts_once_and_only_after_use() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = queue(&guest);
+        let (memory, interrupt) = (guest.memory.clone(), guest.activation(0).interrupt);
+        queue.notify(&memory, &interrupt).unwrap();
+        assert!(!guest.interrupted());
+        for _ in 0..2 {
+            let head = guest.push(0, &[Part::In(4)]);
+            queue.push_used(&memory, head, 0).unwrap();
+        }
+        queue.notify(&memory, &interrupt).unwrap();
+        assert!(guest.interrupted());
+        queue.notify(&memory, &interrupt).unwrap();
+        assert!(!guest.interrupted());
+    }
+
+    #[test]
+    fn an_available_index_beyond_the_queue_is_an_error() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = queue(&guest);
+        guest.set_available(0, 5);
+        assert!(matches!(queue.pop(&guest.memory), Err(QueueError::Corrupt { queue: 0, .. })));
+    }
+
+    #[test]
+    fn a_head_beyond_the_table_is_an_error() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = queue(&guest);
+        guest.offer(0, 4);
+        assert!(matches!(queue.pop(&guest.memory), Err(QueueError::Head { queue: 0, head: 4 })));
+    }
+
+    #[test]
+    fn a_ring_outside_of_memory_is_an_error() {
+        let guest = Guest::new(&[4]);
+        let mut active = guest.activation(0).queues.remove(0);
+        active.queue.try_set_avail_ring_address(GuestAddress(MEMORY)).unwrap();
+        assert!(matches!(Virtqueue::from(active).pop(&guest.memory), Err(QueueError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_loop_of_descriptors_ends() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = queue(&guest);
+        guest.push_raw(0, &[Descriptor::new(0x10_0000, 1, 1, 1), Descriptor::new(0x10_0000, 1, 1, 0)]);
+        assert_eq!(queue.pop(&guest.memory).unwrap().unwrap().count(), 4);
+    }
+}
