@@ -1,0 +1,136 @@
+//! What the agent does when the host asks.
+
+use nix::sys::time::TimeSpec;
+use nix::time::{self, ClockId};
+use oci_spec::runtime::{LinuxResources, Process};
+use rvm_protocol::{
+    AgentError, AgentErrorKind, ExecProcess, ProcessId, Reply, Request, StartContainer, ToAgent,
+};
+
+use super::{Agent, Managed, State, no_container};
+use crate::container::{Container, processes};
+use crate::error::{Context, Result, other};
+use crate::network;
+use crate::process::Place;
+use crate::stream::Stream;
+use crate::sys::process::{send_signal, set_terminal_size};
+
+impl Agent {
+    /// Does what a message asks for, and answers, unless the answer follows later.
+    pub(super) fn handle(&mut self, ToAgent { request, body }: ToAgent) {
+        let result = match body {
+            Request::Start(start) => match self.start(request, &start) {
+                Ok(()) => return,
+                Err(error) => Err(error),
+            },
+            Request::Exec(exec) => match self.exec(request, &exec) {
+                Ok(()) => return,
+                Err(error) => Err(error),
+            },
+            Request::Signal { process, signal, all } => self.signal(process, signal, all),
+            Request::Resize { process, rows, columns } => self.resize(process, rows, columns),
+            Request::List => self.list(),
+            Request::Sync => self.sync(),
+            Request::Update { resources } => self.update(&resources),
+            Request::Network(config) => network::configure(&config).map(|()| Reply::Done),
+            Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
+        };
+        self.reply(request, result);
+    }
+
+    fn start(&mut self, request: u64, start: &StartContainer) -> Result<()> {
+        if std::mem::replace(&mut self.started, true) {
+            return Err(other("the container has been started already"));
+        }
+        network::configure(&start.network)?;
+        let container = Container::prepare(start, &self.settings)?;
+        let process = container.process()?.clone();
+        self.watch_memory(&container.cgroup.memory_events());
+        self.container = Some(container);
+        let (streams, seccomp) = (&start.streams, start.seccomp.as_ref());
+        self.launch(request, ProcessId::INIT, Place::New, &process, streams, seccomp)
+    }
+
+    fn exec(&mut self, request: u64, exec: &ExecProcess) -> Result<()> {
+        let process: Process = serde_json::from_str(&exec.spec).context(|| "the process's description")?;
+        if !self.is_running(ProcessId::INIT) {
+            return Err(no_container());
+        }
+        let (streams, seccomp) = (&exec.streams, exec.seccomp.as_ref());
+        self.launch(request, exec.process, Place::Existing, &process, streams, seccomp)
+    }
+
+    fn signal(&mut self, id: ProcessId, signal: i32, all: bool) -> Result<Reply> {
+        if all {
+            self.running_container()?.cgroup.signal_all(signal);
+        } else {
+            let pid = self.alive(id)?.pid;
+            send_signal(pid, signal).context(|| format!("sending signal {signal}"))?;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn resize(&mut self, id: ProcessId, rows: u16, columns: u16) -> Result<Reply> {
+        let process = self.alive_mut(id)?;
+        // Kept as well for a terminal that is still to come.
+        process.size = (rows, columns);
+        let launching = matches!(process.state, State::Launching { .. });
+        let stream = process.streams.first().copied();
+        let stream = stream.and_then(|id| self.streams.get(&id));
+        match stream.and_then(Stream::terminal) {
+            Some(master) => {
+                set_terminal_size(master, rows, columns).context(|| "setting the terminal's size")?;
+            }
+            None if launching => {}
+            None => return Err(other("the process has no terminal")),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn list(&self) -> Result<Reply> {
+        Ok(Reply::Processes(processes::list(self.running_container()?)))
+    }
+
+    fn sync(&self) -> Result<Reply> {
+        if let Some(container) = &self.container {
+            container.sync();
+        }
+        Ok(Reply::Done)
+    }
+
+    fn update(&mut self, resources: &str) -> Result<Reply> {
+        let resources: LinuxResources = serde_json::from_str(resources).context(|| "the new limits")?;
+        self.running_container()?.cgroup.apply(&resources)?;
+        Ok(Reply::Done)
+    }
+
+    fn running_container(&self) -> Result<&Container> {
+        self.container.as_ref().filter(|_| self.alive(ProcessId::INIT).is_ok()).ok_or_else(no_container)
+    }
+
+    fn is_running(&self, id: ProcessId) -> bool {
+        self.alive(id).is_ok_and(|process| matches!(process.state, State::Running))
+    }
+
+    fn alive(&self, id: ProcessId) -> Result<&Managed> {
+        let process = self.processes.get(&id);
+        process.filter(|process| !matches!(process.state, State::Ended(_))).ok_or_else(no_such_process)
+    }
+
+    fn alive_mut(&mut self, id: ProcessId) -> Result<&mut Managed> {
+        let process = self.processes.get_mut(&id);
+        process.filter(|process| !matches!(process.state, State::Ended(_))).ok_or_else(no_such_process)
+    }
+}
+
+fn set_clock(nanoseconds: u64) -> Result<Reply> {
+    const SECOND: u64 = 1_000_000_000;
+    // A u64 of nanoseconds is some 580 years of seconds, which fit.
+    let time = TimeSpec::new((nanoseconds / SECOND) as i64, (nanoseconds % SECOND) as i64);
+    time::clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "setting the clock")?;
+    Ok(Reply::Done)
+}
+
+fn no_such_process() -> AgentError {
+    AgentError { kind: AgentErrorKind::NoSuchProcess, message: "no such process".into() }
+}

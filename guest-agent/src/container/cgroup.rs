@@ -1,0 +1,293 @@
+//! The container's cgroup in the guest (cgroup v2 only; the guest's kernel is ours).
+//!
+//! The limits apply here so that it is the workload that feels them; the host has its own cgroup around the
+//! whole virtual machine. The agent stays in the root cgroup, out of reach of them.
+//!
+//! CPU and memory sets (`cpuset`) are left to the host: their numbers name the host's processors, which the
+//! virtual machine's threads are bound to, and mean nothing in the guest. The same holds for block devices
+//! that are named by the host's numbers.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::Mode;
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+
+use crate::error::{Context, Result, other};
+use crate::sys::process::send_signal;
+
+/// How deep cgroups of the container's own making are followed.
+const MAX_DEPTH: usize = 32;
+
+/// The container's cgroup.
+#[derive(Clone, Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the cgroup `name` below `parent`.
+    pub fn create(parent: &Path, name: &str) -> Result<Self> {
+        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+            return Err(other(format!("the container ID {name:?} cannot name a cgroup")));
+        }
+        let path = parent.join(name);
+        fs::create_dir(&path).context(|| format!("making the cgroup {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Opens it, for a process to be forked into.
+    pub fn open(&self) -> Result<OwnedFd> {
+        open(&self.path)
+    }
+
+    /// Opens the cgroup that a process is in, which may be one that the container made below its own.
+    pub fn open_of(pid: Pid) -> Result<OwnedFd> {
+        let file = format!("/proc/{pid}/cgroup");
+        let lines = fs::read_to_string(&file).context(|| format!("reading {file}"))?;
+        let path = lines.lines().find_map(|line| line.strip_prefix("0::/"));
+        let path = path.ok_or_else(|| other(format!("{file} names no cgroup")))?;
+        open(&Path::new("/sys/fs/cgroup").join(path))
+    }
+
+    /// The file that counts the events of its memory.
+    pub fn memory_events(&self) -> PathBuf {
+        self.path.join("memory.events")
+    }
+
+    /// Sets the limits of the OCI specification's `linux.resources`.
+    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
+        if let Some(memory) = resources.memory() {
+            self.apply_all(memory_values(memory))?;
+        }
+        if let Some(cpu) = resources.cpu() {
+            self.apply_all(cpu_values(cpu))?;
+        }
+        if let Some(pids) = resources.pids() {
+            self.set("pids.max", &limit(pids.limit()))?;
+        }
+        for hugepages in resources.hugepage_limits().iter().flatten() {
+            self.set(&format!("hugetlb.{}.max", hugepages.page_size()), &limit(hugepages.limit()))?;
+        }
+        for (file, value) in resources.unified().iter().flatten() {
+            self.set(file, value)?;
+        }
+        Ok(())
+    }
+
+    /// Limits the memory of the workload, in bytes.
+    pub fn set_memory_limit(&self, bytes: u64) -> Result<()> {
+        self.set("memory.max", &bytes.to_string())
+    }
+
+    /// Kills every process in it.
+    pub fn kill_all(&self) {
+        // Nothing is to be done about a cgroup that is gone already.
+        let _ = fs::write(self.path.join("cgroup.kill"), "1");
+    }
+
+    /// Sends a signal to every process in it.
+    pub fn signal_all(&self, signal: i32) {
+        if signal == libc::SIGKILL {
+            self.kill_all();
+            return;
+        }
+        for pid in self.processes() {
+            // It may have ended since the list was read.
+            let _ = send_signal(pid, signal);
+        }
+    }
+
+    /// The processes in it and in the cgroups below it, by the agent's process ids.
+    pub fn processes(&self) -> Vec<Pid> {
+        let mut found = Vec::new();
+        collect_processes(&self.path, &mut found, 0);
+        found
+    }
+
+    fn apply_all(&self, values: Vec<(&'static str, String)>) -> Result<()> {
+        for (file, value) in values {
+            self.set(file, &value)?;
+        }
+        Ok(())
+    }
+
+    fn set(&self, file: &str, value: &str) -> Result<()> {
+        if file.is_empty() || file.contains('/') {
+            return Err(other(format!("{file:?} is no file of a cgroup")));
+        }
+        match fs::write(self.path.join(file), value) {
+            // Without swap in the guest there is no such file, and nothing to limit.
+            Err(error) if file == "memory.swap.max" && is_absent(&error) => Ok(()),
+            Err(error) if is_absent(&error) => {
+                Err(other(format!("the guest's kernel does not support the limit {file} ({value})")))
+            }
+            result => result.context(|| format!("setting the limit {file} to {value}")),
+        }
+    }
+}
+
+/// Files of a cgroup cannot be created, so writing to one that is missing is not permitted.
+fn is_absent(error: &std::io::Error) -> bool {
+    let number = error.raw_os_error();
+    number == Some(Errno::ENOENT as i32)
+        || number == Some(Errno::EACCES as i32)
+        || number == Some(Errno::EPERM as i32)
+}
+
+fn open(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    fcntl::open(path, flags, Mode::empty()).context(|| format!("opening the cgroup {}", path.display()))
+}
+
+fn collect_processes(path: &Path, found: &mut Vec<Pid>, depth: usize) {
+    let list = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    found.extend(list.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+    if depth == MAX_DEPTH {
+        return;
+    }
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect_processes(&entry.path(), found, depth + 1);
+        }
+    }
+}
+
+/// Enables every controller that the kernel has for the cgroups below `root`.
+pub fn enable_controllers(root: &Path) {
+    let available = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+    for controller in available.split_whitespace() {
+        // One at a time: the kernel takes all that are named together, or none. A limit that needs one which
+        // cannot be enabled is refused when it is asked for.
+        let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
+/// A limit as cgroup v2 writes it: -1 of the specification is none.
+fn limit(value: i64) -> String {
+    if value < 0 { "max".to_owned() } else { value.to_string() }
+}
+
+fn memory_values(memory: &LinuxMemory) -> Vec<(&'static str, String)> {
+    let mut values = Vec::new();
+    // Zero means that nothing was asked for.
+    if let Some(bytes) = memory.limit().filter(|bytes| *bytes != 0) {
+        values.push(("memory.max", limit(bytes)));
+    }
+    if let Some(total) = memory.swap().filter(|total| *total != 0) {
+        // The specification limits the sum of memory and swap, cgroup v2 swap alone.
+        let swap = match memory.limit() {
+            Some(bytes) if total > 0 && bytes > 0 => (total - bytes).max(0),
+            _ => total,
+        };
+        values.push(("memory.swap.max", limit(swap)));
+    }
+    if let Some(bytes) = memory.reservation().filter(|bytes| *bytes != 0) {
+        values.push(("memory.low", limit(bytes)));
+    }
+    values
+}
+
+fn cpu_values(cpu: &LinuxCpu) -> Vec<(&'static str, String)> {
+    let mut values = Vec::new();
+    if let Some(idle) = cpu.idle() {
+        values.push(("cpu.idle", idle.to_string()));
+    }
+    // The kernel refuses a weight for an idle cgroup.
+    if let Some(weight) = cpu.shares().and_then(weight).filter(|_| cpu.idle().unwrap_or(0) == 0) {
+        values.push(("cpu.weight", weight.to_string()));
+    }
+    let quota = cpu.quota().filter(|quota| *quota != 0);
+    let period = cpu.period().filter(|period| *period != 0);
+    if quota.is_some() || period.is_some() {
+        let quota = quota.map_or_else(|| "max".to_owned(), limit);
+        values.push(("cpu.max", format!("{quota} {}", period.unwrap_or(100_000))));
+    }
+    if let Some(burst) = cpu.burst() {
+        values.push(("cpu.max.burst", burst.to_string()));
+    }
+    values
+}
+
+/// The weight (1 to 10000, by default 100) for a number of shares (2 to 262144, by default 1024): the curve
+/// through the three pairs that runc and crun use since 2025.
+fn weight(shares: u64) -> Option<u64> {
+    match shares {
+        0 => None,
+        1..=2 => Some(1),
+        3..262_144 => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            Some(10f64.powf(exponent).ceil() as u64)
+        }
+        _ => Some(10_000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn shares_become_weights_with_the_defaults_alike() {
+        assert_eq!(weight(0), None);
+        assert_eq!(weight(2), Some(1));
+        assert_eq!(weight(1024), Some(100));
+        assert_eq!(weight(262_144), Some(10_000));
+        assert_eq!(weight(u64::MAX), Some(10_000));
+    }
+
+    proptest! {
+        #[test]
+        fn more_shares_never_weigh_less(a in 1u64..300_000, b in 1u64..300_000) {
+            let (low, high) = (a.min(b), a.max(b));
+            prop_assert!(weight(low) <= weight(high));
+            prop_assert!((1..=10_000).contains(&weight(a).unwrap()));
+        }
+    }
+
+    #[test]
+    fn the_sum_of_memory_and_swap_becomes_swap_alone() {
+        let memory = LinuxMemoryBuilder::default().limit(100i64).swap(250i64).build().unwrap();
+        assert_eq!(
+            memory_values(&memory),
+            [("memory.max", "100".to_owned()), ("memory.swap.max", "150".to_owned())]
+        );
+        let unlimited = LinuxMemoryBuilder::default().limit(-1i64).swap(-1i64).build().unwrap();
+        assert_eq!(
+            memory_values(&unlimited),
+            [("memory.max", "max".to_owned()), ("memory.swap.max", "max".to_owned())]
+        );
+    }
+
+    #[test]
+    fn a_quota_comes_with_a_period() {
+        let cpu = LinuxCpuBuilder::default().quota(50_000i64).build().unwrap();
+        assert_eq!(cpu_values(&cpu), [("cpu.max", "50000 100000".to_owned())]);
+        let cpu = LinuxCpuBuilder::default().quota(-1i64).period(20_000u64).build().unwrap();
+        assert_eq!(cpu_values(&cpu), [("cpu.max", "max 20000".to_owned())]);
+    }
+
+    #[test]
+    fn a_limit_that_the_kernel_lacks_is_refused_except_that_of_swap() {
+        // The files of /proc cannot be created either, even by root.
+        let cgroup = Cgroup { path: "/proc".into() };
+        assert!(cgroup.set("memory.max", "1").unwrap_err().message.contains("does not support"));
+        assert!(cgroup.set("memory.swap.max", "1").is_ok());
+        assert!(cgroup.set("../x", "1").is_err());
+    }
+
+    #[test]
+    fn an_id_that_is_no_name_is_refused() {
+        for id in ["", ".", "..", "a/b", "/"] {
+            assert!(Cgroup::create(Path::new("/nonexistent"), id).is_err(), "{id}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The container: what the agent knows of it, and what the child makes around itself.
+//!
+//! The agent's half (limits, network sysctls, the root file system's device) is done before the fork, by
+//! [`Container::prepare`]. The child's half is [`rootfs::build`], in namespaces that hold nothing else yet.
+
+pub mod cgroup;
+pub mod devices;
+pub mod hooks;
+pub mod mounts;
+pub mod namespaces;
+pub mod options;
+pub mod processes;
+pub mod rootfs;
+pub mod sysctl;
+pub mod tree;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{self, OFlag};
+use nix::mount::{MntFlags, MsFlags};
+use nix::sys::stat::Mode;
+use nix::unistd;
+use oci_spec::runtime::{LinuxIdMapping, Process, Spec};
+use rvm_protocol::{ROOTFS_TAG, StartContainer};
+
+use self::cgroup::Cgroup;
+use crate::error::{Context, Result, other};
+use crate::sys::mount::FileSystem;
+use crate::sys::process::Child;
+
+/// Where the container's root file system comes from.
+#[derive(Clone, Debug)]
+pub enum RootSource {
+    /// The virtio-fs device of the guest.
+    VirtioFs,
+    /// A directory, for tests on a machine that is no guest.
+    Directory(PathBuf),
+}
+
+/// The places that the agent works in.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the root file system comes from.
+    pub source: RootSource,
+    /// Mount point of the root file system as the host serves it; nothing is ever mounted over it.
+    pub pristine: PathBuf,
+    /// Mount point of the container's root, used in the container's mount namespace only.
+    pub root: PathBuf,
+    /// The cgroup below which the container's is made.
+    pub cgroups: PathBuf,
+}
+
+impl Settings {
+    /// The places in a guest.
+    pub fn guest() -> Self {
+        Self {
+            source: RootSource::VirtioFs,
+            pristine: "/rootfs".into(),
+            root: "/container".into(),
+            cgroups: "/sys/fs/cgroup".into(),
+        }
+    }
+}
+
+/// A container that has been prepared, and later runs.
+pub struct Container {
+    /// Its ID.
+    pub id: String,
+    /// Its state as JSON, which hooks are told.
+    pub hook_state: String,
+    /// Its configuration.
+    pub spec: Spec,
+    /// Its cgroup.
+    pub cgroup: Cgroup,
+    /// Its first process, once it has been forked.
+    pub init: Option<Child>,
+    /// A detached mount of sysfs for a container with a user namespace: sysfs belongs to the network
+    /// namespace, which is the guest's, so the container's own root may not make one.
+    pub sysfs: Option<OwnedFd>,
+    settings: Settings,
+}
+
+impl Container {
+    /// Does what needs the agent's own privileges and namespaces, before the container's first fork.
+    pub fn prepare(start: &StartContainer, settings: &Settings) -> Result<Self> {
+        let spec: Spec = serde_json::from_str(&start.spec).context(|| "the container's configuration")?;
+        let linux = spec.linux().as_ref();
+        mount_pristine(settings)?;
+        if let Some(values) = linux.and_then(|linux| linux.sysctl().as_ref()) {
+            sysctl::write_network(values)?;
+        }
+        let cgroup = Cgroup::create(&settings.cgroups, &start.id)?;
+        if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+            cgroup.apply(resources)?;
+        }
+        if let Some(limit) = start.memory_limit {
+            cgroup.set_memory_limit(limit)?;
+        }
+        let sysfs = linux.is_some_and(namespaces::wants_user_namespace).then(make_sysfs).transpose()?;
+        Ok(Self {
+            id: start.id.clone(),
+            hook_state: start.hook_state.clone(),
+            spec,
+            cgroup,
+            init: None,
+            sysfs,
+            settings: settings.clone(),
+        })
+    }
+
+    /// Description of its first process.
+    pub fn process(&self) -> Result<&Process> {
+        self.spec.process().as_ref().ok_or_else(|| other("the container's configuration has no process"))
+    }
+
+    /// The places it is made in.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Its user namespace's maps, of users and of groups; `None` where it has no user namespace of its own.
+    pub fn id_maps(&self) -> Option<(&[LinuxIdMapping], &[LinuxIdMapping])> {
+        let linux = self.spec.linux().as_ref()?;
+        let users = linux.uid_mappings().as_deref().unwrap_or_default();
+        let groups = linux.gid_mappings().as_deref().unwrap_or_default();
+        (namespaces::wants_user_namespace(linux) && !users.is_empty()).then_some((users, groups))
+    }
+
+    /// Ends what is left of a container whose first process has ended, and brings everything that was
+    /// written to the host.
+    pub fn finish(&self) {
+        self.cgroup.kill_all();
+        sync_root(&self.settings.pristine);
+        // The container's own copy of the mount went with its namespace.
+        let _ = nix::mount::umount2(&self.settings.pristine, MntFlags::MNT_DETACH);
+    }
+
+    /// Brings everything that was written to the host.
+    pub fn sync(&self) {
+        sync_root(&self.settings.pristine);
+    }
+}
+
+fn make_sysfs() -> Result<OwnedFd> {
+    FileSystem::open("sysfs").and_then(|sysfs| sysfs.mount()).context(|| "making a sysfs for the container")
+}
+
+fn sync_root(pristine: &Path) {
+    if let Ok(root) = fcntl::open(pristine, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) {
+        // A host that serves no such request has nothing to write back.
+        let _ = unistd::syncfs(root);
+    }
+}
+
+fn mount_pristine(settings: &Settings) -> Result<()> {
+    let none = None::<&str>;
+    let place = &settings.pristine;
+    match &settings.source {
+        RootSource::VirtioFs => {
+            nix::mount::mount(Some(ROOTFS_TAG), place, Some("virtiofs"), MsFlags::empty(), none)
+                .context(|| format!("mounting the virtio-fs device {ROOTFS_TAG:?}"))
+        }
+        RootSource::Directory(path) => {
+            nix::mount::mount(Some(path), place, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+                .context(|| format!("mounting the directory {}", path.display()))
+        }
+    }
+}

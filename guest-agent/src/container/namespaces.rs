@@ -1,0 +1,75 @@
+//! The namespaces of the container within the guest.
+//!
+//! A container always gets pid, mount, UTS, IPC and cgroup namespaces of its own, whether or not the
+//! configuration names them: the agent and its mounts are no business of the container's. The network
+//! namespace is the guest's only one. A user namespace is made where the configuration asks for it.
+
+use std::os::fd::AsFd;
+
+use nix::sched::{self, CloneFlags};
+use nix::unistd::{self, Gid, Pid, Uid};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
+
+use crate::error::{Context, Result};
+
+/// Whether the configuration asks for a user namespace.
+pub fn wants_user_namespace(linux: &Linux) -> bool {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+}
+
+/// What the container's first process is forked into. The cgroup namespace is missing: its root is the
+/// cgroup of whoever makes it, and a fork makes it before the child is in its cgroup.
+pub fn for_fork(user_namespace: bool) -> CloneFlags {
+    let mut flags = CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC;
+    flags.set(CloneFlags::CLONE_NEWUSER, user_namespace);
+    flags
+}
+
+/// Joins the namespaces of the container's first process, all but the pid namespace, which only a fork can.
+pub fn join(init: impl AsFd, user_namespace: bool) -> Result<()> {
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWCGROUP;
+    flags.set(CloneFlags::CLONE_NEWUSER, user_namespace);
+    sched::setns(init, flags).context(|| "joining the container's namespaces")
+}
+
+/// Writes the maps of a process that was forked into a new user namespace.
+pub fn write_id_maps(pid: Pid, users: &[LinuxIdMapping], groups: &[LinuxIdMapping]) -> Result<()> {
+    for (file, maps) in [("uid_map", users), ("gid_map", groups)] {
+        let path = format!("/proc/{pid}/{file}");
+        let lines = id_map(maps);
+        std::fs::write(path, &lines).context(|| format!("writing the user namespace's {file} {lines:?}"))?;
+    }
+    Ok(())
+}
+
+fn id_map(maps: &[LinuxIdMapping]) -> String {
+    let line = |map: &LinuxIdMapping| format!("{} {} {}\n", map.container_id(), map.host_id(), map.size());
+    maps.iter().map(line).collect()
+}
+
+/// Becomes the user namespace's root, whose ids the files that are made from here on get.
+pub fn become_root() -> Result<()> {
+    unistd::setgroups(&[]).context(|| "dropping the supplementary groups in the user namespace")?;
+    unistd::setgid(Gid::from_raw(0)).context(|| "becoming group 0 of the user namespace")?;
+    unistd::setuid(Uid::from_raw(0)).context(|| "becoming user 0 of the user namespace")
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::LinuxIdMappingBuilder;
+
+    use super::*;
+
+    #[test]
+    fn an_id_map_names_the_container_first() {
+        let map = LinuxIdMappingBuilder::default().container_id(0u32).host_id(100_000u32).size(65_536u32);
+        assert_eq!(id_map(&[map.build().unwrap()]), "0 100000 65536\n");
+    }
+}
