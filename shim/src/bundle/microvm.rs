@@ -1,0 +1,177 @@
+//! What runtimes that share the host's kernel can do and a microVM cannot: refused, or without effect.
+
+use std::path::Path;
+
+use nix::sys::stat::stat;
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec,
+};
+
+use super::error::BundleError;
+use super::{CONFIG, field};
+use crate::cause::Cause;
+
+/// Character devices that every guest has of its own: major and minor number.
+const GUEST_DEVICES: [(i64, i64); 10] = [
+    (1, 3),    // null
+    (1, 5),    // zero
+    (1, 7),    // full
+    (1, 8),    // random
+    (1, 9),    // urandom
+    (5, 0),    // tty
+    (5, 1),    // console
+    (5, 2),    // ptmx
+    (10, 200), // net/tun
+    (10, 229), // fuse
+];
+
+/// Refuses what a microVM cannot do, drops what has no meaning there, and says so.
+pub(super) fn possible(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    security_modules(spec, warnings);
+    let Some(linux) = spec.linux_mut() else { return Ok(()) };
+    namespaces(linux, warnings)?;
+    devices(linux, warnings)?;
+    hardware(linux, warnings)
+}
+
+fn security_modules(spec: &Spec, warnings: &mut Vec<String>) {
+    let process = spec.process().as_ref();
+    let labels = [
+        ("process.apparmorProfile", process.and_then(|process| process.apparmor_profile().as_deref())),
+        ("process.selinuxLabel", process.and_then(|process| process.selinux_label().as_deref())),
+        ("linux.mountLabel", spec.linux().as_ref().and_then(|linux| linux.mount_label().as_deref())),
+    ];
+    for (name, label) in labels {
+        if label.is_some_and(|label| !label.is_empty() && label != "unconfined") {
+            warnings.push(format!("{name} is ignored: the guest's kernel has no such security module"));
+        }
+    }
+}
+
+fn namespaces(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    let empty = Vec::new();
+    let list = linux.namespaces().as_ref().unwrap_or(&empty);
+    let required = [
+        (LinuxNamespaceType::Pid, "share the host's processes (--pid=host)"),
+        (LinuxNamespaceType::Ipc, "share the host's IPC objects (--ipc=host)"),
+        (
+            LinuxNamespaceType::Network,
+            "share the host's network (--network=host); its network card is its own",
+        ),
+    ];
+    for (kind, problem) in required {
+        if !list.iter().any(|namespace| namespace.typ() == kind) {
+            return Err(impossible("linux.namespaces", problem));
+        }
+    }
+    for (index, namespace) in list.iter().enumerate() {
+        if let Some(path) = namespace.path() {
+            joined(namespace, path, &format!("linux.namespaces[{index}].path"), warnings)?;
+        } else if namespace.typ() == LinuxNamespaceType::Time {
+            return Err(impossible(&format!("linux.namespaces[{index}]"), "have a time namespace"));
+        }
+    }
+    Ok(())
+}
+
+/// A namespace with a path is somebody else's; only a network namespace can be shared, since it ends at a cable.
+fn joined(
+    namespace: &LinuxNamespace,
+    path: &Path,
+    name: &str,
+    warnings: &mut Vec<String>,
+) -> Result<(), BundleError> {
+    let problem = match namespace.typ() {
+        LinuxNamespaceType::Network => return network(path, name),
+        LinuxNamespaceType::Uts | LinuxNamespaceType::Cgroup => {
+            warnings.push(format!("{name} is ignored: the container has this namespace to itself"));
+            return Ok(());
+        }
+        LinuxNamespaceType::Pid => "see the processes of another container or of the host",
+        LinuxNamespaceType::Ipc => "share IPC objects with another container or with the host",
+        LinuxNamespaceType::Mount => "share the mounts of another container or of the host",
+        LinuxNamespaceType::User => "join a user namespace of the host; give ID mappings instead",
+        LinuxNamespaceType::Time => "join a time namespace of the host",
+    };
+    Err(impossible(name, problem))
+}
+
+fn network(path: &Path, name: &str) -> Result<(), BundleError> {
+    let unusable = |cause: Cause| field(name, format!("cannot use {}: {cause}", path.display()));
+    let theirs = stat(path).map_err(|errno| unusable(errno.into()))?;
+    let ours = stat("/proc/self/ns/net").map_err(|errno| unusable(errno.into()))?;
+    if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
+        return Err(impossible(name, "share the host's network; its network card is its own"));
+    }
+    // Engines keep the namespaces that they make for a container in files of their own; a process's is that
+    // of a container which runs already, and whose traffic would go to the new guest.
+    if is_of_a_process(path) {
+        return Err(impossible(name, "share the network of another container (--network=container:...)"));
+    }
+    Ok(())
+}
+
+fn is_of_a_process(path: &Path) -> bool {
+    path.strip_prefix("/proc").is_ok_and(|rest| rest.ends_with("ns/net"))
+}
+
+fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    let privileged = linux.resources().as_ref().is_some_and(allows_every_device);
+    let Some(list) = linux.devices().clone() else { return Ok(()) };
+    if privileged {
+        // Engines list each device of the host then. Privileged means the privileges of the guest.
+        let (kept, dropped): (Vec<_>, Vec<_>) = list.into_iter().partition(is_of_the_guest);
+        if !dropped.is_empty() {
+            warnings.push(format!(
+                "linux.devices: {} devices of the host are not given; a privileged container has the guest's",
+                dropped.len()
+            ));
+        }
+        linux.set_devices(Some(kept));
+        return Ok(());
+    }
+    match list.iter().position(|device| !is_of_the_guest(device)) {
+        None => Ok(()),
+        Some(index) => {
+            let problem = format!("pass the host's device {}", list[index].path().display());
+            Err(impossible(&format!("linux.devices[{index}]"), &problem))
+        }
+    }
+}
+
+fn allows_every_device(resources: &LinuxResources) -> bool {
+    resources.devices().iter().flatten().any(|rule| {
+        let any_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        rule.allow() && any_type && rule.major().is_none_or(|major| major < 0)
+    })
+}
+
+fn is_of_the_guest(device: &LinuxDevice) -> bool {
+    match device.typ() {
+        LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.contains(&(device.major(), device.minor())),
+        LinuxDeviceType::P => true,
+        LinuxDeviceType::A | LinuxDeviceType::B => false,
+    }
+}
+
+fn hardware(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(impossible("linux.netDevices", "take over network devices of the host"));
+    }
+    let ignored = [
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+        ("linux.resources.network", linux.resources().as_ref().is_some_and(|all| all.network().is_some())),
+        ("linux.resources.rdma", linux.resources().as_ref().is_some_and(|all| all.rdma().is_some())),
+    ];
+    for (name, present) in ignored {
+        if present {
+            warnings.push(format!("{name} is ignored: it is about the host's hardware"));
+        }
+    }
+    Ok(())
+}
+
+fn impossible(field: &str, problem: &str) -> BundleError {
+    BundleError::Impossible { file: CONFIG, field: field.into(), problem: problem.into() }
+}

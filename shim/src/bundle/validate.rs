@@ -1,0 +1,207 @@
+//! What every runtime demands of a description, and the mounts in one form.
+
+use std::collections::HashSet;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
+
+use super::error::BundleError;
+use super::options::{MountOptions, is_label, known_to_file_system};
+use super::{CONFIG, field};
+
+/// File systems that the guest's own kernel provides.
+const GUEST_FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+/// Kernel interfaces that some engines bind from the host: a guest's container gets those of its own kernel.
+const KERNEL_INTERFACES: [(&str, &str); 4] =
+    [("/proc", "proc"), ("/sys", "sysfs"), ("/sys/fs/cgroup", "cgroup"), ("/dev/mqueue", "mqueue")];
+
+/// Checks the description, and brings its mounts into one form.
+pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    match spec.process() {
+        Some(description) => process(description, CONFIG, "process.")?,
+        None => return Err(field("process", "it is missing")),
+    }
+    if spec.linux().is_none() {
+        return Err(field("linux", "it is missing"));
+    }
+    namespaces(spec)?;
+    if let Some(hooks) = spec.hooks() {
+        check_hooks(hooks)?;
+    }
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        normalise(mount, index, bundle, warnings)?;
+    }
+    Ok(())
+}
+
+/// Checks the description of a process, whose fields are named with a prefix.
+pub(super) fn process(process: &Process, file: &'static str, prefix: &str) -> Result<(), BundleError> {
+    let wrong = |field: &str, problem: String| {
+        Err(BundleError::Field { file, field: format!("{prefix}{field}"), problem })
+    };
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return wrong("args", "there is no command to run".into());
+    }
+    if !process.cwd().is_absolute() {
+        return wrong("cwd", format!("`{}` is not an absolute path", process.cwd().display()));
+    }
+    for (index, variable) in process.env().iter().flatten().enumerate() {
+        if !variable.contains('=') {
+            return wrong(&format!("env[{index}]"), format!("`{variable}` is not of the form NAME=VALUE"));
+        }
+    }
+    let strings = [("args", process.args()), ("env", process.env())];
+    for (name, strings) in strings {
+        if let Some(index) = strings.iter().flatten().position(|string| string.contains('\0')) {
+            return wrong(&format!("{name}[{index}]"), "it contains a NUL character".into());
+        }
+    }
+    let mut seen = HashSet::new();
+    for (index, limit) in process.rlimits().iter().flatten().enumerate() {
+        let name = limit.typ().to_string();
+        if limit.soft() > limit.hard() {
+            return wrong(
+                &format!("rlimits[{index}]"),
+                format!("the soft limit of {name} is above the hard one"),
+            );
+        }
+        if !seen.insert(name.clone()) {
+            return wrong(&format!("rlimits[{index}]"), format!("{name} is there twice"));
+        }
+    }
+    Ok(())
+}
+
+fn namespaces(spec: &Spec) -> Result<(), BundleError> {
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    let mut seen = HashSet::new();
+    for (index, namespace) in linux.namespaces().iter().flatten().enumerate() {
+        if !seen.insert(namespace.typ()) {
+            return Err(field(format!("linux.namespaces[{index}].type"), "this namespace is there twice"));
+        }
+    }
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|list| !list.is_empty());
+    let mappings =
+        [("uidMappings", mapped(linux.uid_mappings())), ("gidMappings", mapped(linux.gid_mappings()))];
+    for (name, present) in mappings {
+        match (present, seen.contains(&LinuxNamespaceType::User)) {
+            (true, false) => {
+                return Err(field(format!("linux.{name}"), "there is no user namespace to map for"));
+            }
+            (false, true) => return Err(field(format!("linux.{name}"), "a user namespace needs a mapping")),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_hooks(hooks: &Hooks) -> Result<(), BundleError> {
+    // Docker up to 27 plumbs the network in a prestart hook: deprecated and indispensable.
+    #[allow(deprecated)]
+    let prestart = hooks.prestart();
+    let kinds: [(&str, &Option<Vec<Hook>>); 6] = [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (kind, list) in kinds {
+        for (index, hook) in list.iter().flatten().enumerate() {
+            let name = format!("hooks.{kind}[{index}]");
+            if !hook.path().is_absolute() {
+                let problem = format!("`{}` is not an absolute path", hook.path().display());
+                return Err(field(format!("{name}.path"), problem));
+            }
+            if hook.timeout().is_some_and(|seconds| seconds <= 0) {
+                return Err(field(format!("{name}.timeout"), "a timeout must be above zero"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes the destination absolute, the source of a bind mount absolute, and the type say who makes the mount.
+fn normalise(
+    mount: &mut Mount,
+    index: usize,
+    bundle: &Path,
+    warnings: &mut Vec<String>,
+) -> Result<(), BundleError> {
+    let name = format!("mounts[{index}]");
+    mount.set_destination(destination(mount.destination(), &name, warnings)?);
+    let options = MountOptions::parse(mount.options().as_deref().unwrap_or_default());
+    let kind = kind(mount, &options, &name)?;
+    for option in &options.data {
+        match option.as_str() {
+            "idmap" | "ridmap" => {
+                return Err(impossible(
+                    &name,
+                    "id-mapped mounts; give the user namespace's ids to the files",
+                ));
+            }
+            label if is_label(label) => {
+                warnings.push(format!(
+                    "{name}: the label `{label}` is ignored: the guest has no security module"
+                ));
+            }
+            known if known_to_file_system(&kind, known) => {}
+            unknown => {
+                let problem = format!("`{unknown}` is not an option of a {kind} mount");
+                return Err(field(format!("{name}.options"), problem));
+            }
+        }
+    }
+    if kind == "bind" {
+        let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
+        let source = source.ok_or_else(|| field(format!("{name}.source"), "a bind mount needs a source"))?;
+        mount.set_source(Some(bundle.join(source)));
+    }
+    mount.set_typ(Some(kind));
+    Ok(())
+}
+
+fn kind(mount: &Mount, options: &MountOptions, name: &str) -> Result<String, BundleError> {
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    if kind == "bind" || options.bind.is_some() {
+        let own = KERNEL_INTERFACES.iter().find(|(path, _)| {
+            mount.source().as_deref() == Some(Path::new(path)) && mount.destination() == Path::new(path)
+        });
+        return Ok(own.map_or("bind", |(_, file_system)| file_system).into());
+    }
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        return Err(impossible(name, "id-mapped mounts"));
+    }
+    match kind {
+        "" | "none" => Err(field(format!("{name}.type"), "it is missing, and no option says `bind`")),
+        known if GUEST_FILE_SYSTEMS.contains(&known) => Ok(known.into()),
+        other => Err(impossible(
+            &format!("{name}.type"),
+            &format!("mount a file system of type `{other}`; mount it on the host and bind it"),
+        )),
+    }
+}
+
+fn destination(path: &Path, name: &str, warnings: &mut Vec<String>) -> Result<PathBuf, BundleError> {
+    if path.is_relative() && !path.as_os_str().is_empty() {
+        warnings.push(format!("{name}.destination: `{}` is taken from the container's root", path.display()));
+    }
+    let mut clean = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(part) => clean.push(part),
+            Component::ParentDir => drop(clean.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    match clean.parent() {
+        Some(_) => Ok(clean),
+        None => Err(field(format!("{name}.destination"), "a mount cannot replace the container's root")),
+    }
+}
+
+fn impossible(field: &str, problem: &str) -> BundleError {
+    BundleError::Impossible { file: CONFIG, field: field.into(), problem: problem.into() }
+}

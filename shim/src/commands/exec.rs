@@ -1,0 +1,154 @@
+//! `exec`: a further process in a running container.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, ExitCode};
+
+use clap::Args;
+use oci_spec::runtime::Process;
+
+use super::process::ProcessArguments;
+use super::stub::{self, Stub};
+use super::{Context, refuse_descriptors};
+use crate::console::{Console, RawMode, window_size};
+use crate::container::create::write_pid_file;
+use crate::container::{Container, ContainerError, Status};
+use crate::control::{Connection, Exec, WindowSize};
+use crate::error::Error;
+
+#[derive(Debug, Args)]
+pub(super) struct ExecArguments {
+    /// A unix socket to which the host's end of the terminal is sent
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Not supported
+    #[arg(long, value_name = "SOCKET", hide = true)]
+    pidfd_socket: Option<PathBuf>,
+    /// Return once the process runs
+    #[arg(short, long)]
+    detach: bool,
+    /// Where to write the process id of the stub that stands for the process
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted for compatibility; only 0 is possible
+    #[arg(long, value_name = "N", default_value_t = 0, hide = true)]
+    preserve_fds: u32,
+    /// Accepted for compatibility, without effect: the guest has one cgroup for a container
+    #[arg(long, value_name = "PATH", hide = true)]
+    cgroup: Vec<String>,
+    /// Accepted for compatibility, without effect
+    #[arg(long, hide = true)]
+    ignore_paused: bool,
+    /// The container's ID
+    #[arg(value_name = "ID")]
+    id: String,
+    #[command(flatten)]
+    process: ProcessArguments,
+}
+
+pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCode, Error> {
+    refuse_descriptors(arguments.preserve_fds)?;
+    if arguments.pidfd_socket.is_some() {
+        return Err(Error::Usage("--pidfd-socket is not supported: use --pid-file".into()));
+    }
+    let container = Container::open(&context.root, &arguments.id)?;
+    match container.status() {
+        Status::Running => {}
+        status => return Err(ContainerError::NoExec(status).into()),
+    }
+    let tty = arguments.process.tty;
+    let process = arguments.process.into_process(&container)?;
+    let execution = Execution {
+        terminal: tty || process.terminal().unwrap_or(false),
+        container,
+        console_socket: arguments.console_socket,
+        pid_file: arguments.pid_file,
+    };
+    if arguments.detach { execution.detached(&process) } else { execution.foreground(&process) }
+}
+
+struct Execution {
+    container: Container,
+    terminal: bool,
+    console_socket: Option<PathBuf>,
+    pid_file: Option<PathBuf>,
+}
+
+impl Execution {
+    fn detached(&self, process: &Process) -> Result<ExitCode, Error> {
+        let console = match (&self.console_socket, self.terminal) {
+            (None, true) => {
+                return Err(Error::Usage("the process has a terminal: give a --console-socket".into()));
+            }
+            (Some(_), false) => return Err(Error::Usage("--console-socket needs a terminal".into())),
+            (Some(_), true) => {
+                Some(Console::open(asked_size(process)).map_err(Error::system("cannot make a terminal"))?)
+            }
+            (None, false) => None,
+        };
+        let connection = self.connect()?;
+        let exec = self.request(process)?;
+        let title = format!("rvm: {} exec", self.container.id());
+        let slave = console.as_ref().map(|console| console.slave.as_fd());
+        let mut child = stub::detach(&title, slave, &connection, exec, |child| {
+            self.enter_cgroup(child)?;
+            match (&console, &self.console_socket) {
+                (Some(console), Some(socket)) => console.send_master(socket),
+                _ => Ok(()),
+            }
+        })?;
+        self.write_pid(child.id()).inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn foreground(&self, process: &Process) -> Result<ExitCode, Error> {
+        if self.console_socket.is_some() {
+            return Err(Error::Usage("--console-socket needs --detach".into()));
+        }
+        let connection = self.connect()?;
+        let exec = self.request(process)?;
+        let stdin = io::stdin();
+        let mut stub = Stub::start(connection, exec)?;
+        let raw = self.terminal.then(|| RawMode::enter(stdin.as_fd()).ok()).flatten();
+        self.write_pid(std::process::id())?;
+        let status = stub.attend();
+        drop(raw);
+        Ok(ExitCode::from(u8::try_from(status.shell_code()).unwrap_or(u8::MAX)))
+    }
+
+    fn connect(&self) -> Result<Connection, Error> {
+        Ok(self.container.connect()?)
+    }
+
+    fn request(&self, process: &Process) -> Result<Exec, Error> {
+        let json = serde_json::to_string(process)
+            .map_err(|error| Error::system("cannot encode the process")(io::Error::from(error)))?;
+        let size = || window_size(io::stdin()).unwrap_or_else(|_| asked_size(process));
+        Ok(Exec { process: json, terminal: self.terminal.then(size) })
+    }
+
+    /// Stubs count with their container, and end with it.
+    fn enter_cgroup(&self, child: &Child) -> Result<(), Error> {
+        match &self.container.record.cgroup {
+            Some(cgroup) => Ok(cgroup.add(child.id())?),
+            None => Ok(()),
+        }
+    }
+
+    fn write_pid(&self, pid: u32) -> Result<(), Error> {
+        let Some(path) = &self.pid_file else { return Ok(()) };
+        write_pid_file(path, pid.cast_signed())
+            .map_err(Error::system(format!("cannot write the pid file {}", path.display())))
+    }
+}
+
+fn asked_size(process: &Process) -> WindowSize {
+    let clamp = |number: u64| u16::try_from(number).unwrap_or(u16::MAX);
+    let size = process.console_size();
+    size.map(|size| WindowSize { rows: clamp(size.height()), columns: clamp(size.width()) })
+        .unwrap_or_default()
+}

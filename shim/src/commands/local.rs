@@ -1,0 +1,238 @@
+//! `do`: a command in a microVM over a directory of the host, whose writes are thrown away. The way to try rvm
+//! without an engine.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use oci_spec::runtime::Spec;
+use serde_json::json;
+
+use super::lifecycle::CreateArguments;
+use super::run::{Foreground, RunArguments};
+use super::{Context, strings};
+use crate::bundle::Bundle;
+use crate::container::start::StartError;
+use crate::container::{Container, Status, delete};
+use crate::error::{Error, FAILURE};
+use crate::spec::default_spec;
+
+/// Marks containers of this command, so that those whose command was killed are found.
+const ANNOTATION: &str = "dev.rvm.do";
+const PERIOD: f64 = 100_000.0;
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Net {
+    /// The loopback interface alone
+    #[default]
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoArguments {
+    /// The directory to run over
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    rootfs: PathBuf,
+    /// Show afterwards when each phase of the start was reached
+    #[arg(long)]
+    timeline: bool,
+    /// Memory for the command, such as 512m or 2g
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Processors for the command, such as 2 or 0.5
+    #[arg(long, value_name = "N", value_parser = parse_cpus)]
+    cpus: Option<f64>,
+    /// Working directory; the present one where it exists in the directory to run over
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<PathBuf>,
+    /// An environment variable; may be repeated
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// The network
+    #[arg(long, value_enum, default_value_t)]
+    net: Net,
+    /// The command with its arguments
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+pub(super) fn run(context: &Context, arguments: DoArguments) -> Result<ExitCode, Error> {
+    sweep(context);
+    let lower = arguments
+        .rootfs
+        .canonicalize()
+        .map_err(Error::system(format!("cannot use {} as root", arguments.rootfs.display())))?;
+    let folder = TemporaryBundle::create()?;
+    let timeline = arguments.timeline;
+    let spec = make_spec(arguments, &lower)?;
+    let bundle = Bundle::from_spec(&folder.path, spec)?;
+    let run = RunArguments {
+        create: CreateArguments {
+            bundle: folder.path.clone(),
+            console_socket: None,
+            pid_file: None,
+            pidfd_socket: None,
+            no_pivot: false,
+            no_new_keyring: false,
+            preserve_fds: 0,
+            id: format!("do-{}", std::process::id()),
+        },
+        detach: false,
+        keep: false,
+        no_subreaper: false,
+        timeline,
+    };
+    match (Foreground { context, arguments: &run, lower: Some(lower) }).run(bundle) {
+        Err(Error::Start(StartError::Refused(words))) => {
+            context.log.error(&words);
+            Ok(ExitCode::from(shell_code(&words)))
+        }
+        result => result,
+    }
+}
+
+/// What a shell would end with when a program cannot be executed.
+fn shell_code(words: &str) -> u8 {
+    let words = words.to_ascii_lowercase();
+    if words.contains("not found in $path") || words.contains("no such file") {
+        127
+    } else if words.contains("permission denied") {
+        126
+    } else {
+        FAILURE
+    }
+}
+
+/// Removes what commands of this kind have left that were killed: their containers have ended with them.
+fn sweep(context: &Context) {
+    let containers = Container::list(&context.root).unwrap_or_default();
+    let left = containers.iter().filter(|container| container.record.annotations.contains_key(ANNOTATION));
+    for container in left.filter(|container| container.status() == Status::Stopped) {
+        // Another such command may be at it too, or may be just deleting its own.
+        let _ = delete::delete(&context.root, container.id(), true, &context.log);
+        let _ = std::fs::remove_dir_all(&container.record.bundle);
+    }
+}
+
+fn make_spec(arguments: DoArguments, lower: &Path) -> Result<Spec, Error> {
+    let cwd = arguments.workdir.or_else(|| std::env::current_dir().ok().filter(|cwd| is_within(lower, cwd)));
+    let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+    let mut env = vec![PATH.to_owned(), "HOME=/root".to_owned()];
+    env.extend(std::env::var("TERM").ok().filter(|_| terminal).map(|term| format!("TERM={term}")));
+    env.extend(arguments.env);
+    let capabilities: Vec<String> = caps::all().iter().map(ToString::to_string).collect();
+
+    let invalid = |error: serde_json::Error| Error::Usage(format!("the command is not valid: {error}"));
+    let mut spec = serde_json::to_value(default_spec(false)).map_err(invalid)?;
+    spec["root"] = json!({ "path": TemporaryBundle::ROOTFS, "readonly": false });
+    spec["annotations"] = json!({ ANNOTATION: "1" });
+    spec["process"] = json!({
+        "terminal": terminal,
+        "user": { "uid": 0, "gid": 0 },
+        "args": strings(arguments.command)?,
+        "env": env,
+        "cwd": cwd.unwrap_or_else(|| "/".into()),
+        "capabilities": {
+            "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+        },
+    });
+    if let Some(memory) = arguments.memory {
+        spec["linux"]["resources"]["memory"]["limit"] = json!(memory);
+    }
+    if let Some(cpus) = arguments.cpus {
+        spec["linux"]["resources"]["cpu"] =
+            json!({ "quota": (cpus * PERIOD) as i64, "period": PERIOD as u64 });
+    }
+    serde_json::from_value(spec).map_err(invalid)
+}
+
+fn is_within(root: &Path, directory: &Path) -> bool {
+    directory.strip_prefix("/").is_ok_and(|relative| root.join(relative).is_dir())
+}
+
+/// A bundle's folder that disappears with the command.
+struct TemporaryBundle {
+    path: PathBuf,
+}
+
+impl TemporaryBundle {
+    /// Name of the directory on which the throw-away layer is mounted.
+    const ROOTFS: &str = "rootfs";
+
+    fn create() -> Result<TemporaryBundle, Error> {
+        let template = std::env::temp_dir().join("rvm-do-XXXXXX");
+        let failed = || format!("cannot make a folder in {}", std::env::temp_dir().display());
+        let path = nix::unistd::mkdtemp(&template).map_err(Error::system(failed()))?;
+        let bundle = TemporaryBundle { path };
+        std::fs::create_dir(bundle.path.join(Self::ROOTFS)).map_err(Error::system(failed()))?;
+        Ok(bundle)
+    }
+}
+
+impl Drop for TemporaryBundle {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches("ib").trim_end_matches('b');
+    let (digits, shift) = match digits.as_bytes().last() {
+        Some(b'k') => (&digits[..digits.len() - 1], 10),
+        Some(b'm') => (&digits[..digits.len() - 1], 20),
+        Some(b'g') => (&digits[..digits.len() - 1], 30),
+        _ => (digits, 0),
+    };
+    let number = digits.parse::<u64>().map_err(|_| format!("{text:?} is no size such as 512m or 2g"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|size| *size > 0)
+        .ok_or_else(|| format!("{text:?} is no possible size"))
+}
+
+fn parse_cpus(text: &str) -> Result<f64, String> {
+    let cpus = text.parse::<f64>().map_err(|_| format!("{text:?} is no number"))?;
+    if (0.01..=64.0).contains(&cpus) {
+        Ok(cpus)
+    } else {
+        Err("between 0.01 and 64 processors are possible".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, size) in
+            [("512m", 512 << 20), ("2G", 2 << 30), ("64MiB", 64 << 20), ("4096", 4096), ("1kb", 1024)]
+        {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in ["", "m", "0", "-1", "1t", "1.5g", "99999999999g"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn processors_are_bounded() {
+        assert_eq!(parse_cpus("0.5"), Ok(0.5));
+        for text in ["0", "-1", "nan", "inf", "65", "x"] {
+            assert!(parse_cpus(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_bundle_disappears() {
+        let bundle = TemporaryBundle::create().unwrap();
+        let path = bundle.path.clone();
+        assert!(path.join("rootfs").is_dir());
+        drop(bundle);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,140 @@
+//! `update`: other limits for a container that runs. The host's cgroup and the guest's get them both.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use oci_spec::runtime::LinuxResources;
+
+use super::Context;
+use super::lifecycle::order;
+use crate::container::{Container, ContainerError, Status};
+use crate::control::Command;
+use crate::error::Error;
+
+/// No description of limits is this long.
+const MAX_LENGTH: u64 = 1 << 20;
+
+#[derive(Debug, Args)]
+pub(super) struct UpdateArguments {
+    /// A file with the spec's `linux.resources` as JSON; - for standard input
+    #[arg(short, long, value_name = "FILE")]
+    resources: Option<PathBuf>,
+    /// Limit of the memory in bytes
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    memory: Option<i64>,
+    /// Limit of memory and swap in bytes
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    memory_swap: Option<i64>,
+    /// Processor time in microseconds a period
+    #[arg(long, value_name = "MICROSECONDS", allow_hyphen_values = true)]
+    cpu_quota: Option<i64>,
+    /// Length of a period in microseconds
+    #[arg(long, value_name = "MICROSECONDS")]
+    cpu_period: Option<u64>,
+    /// Relative share of processor time
+    #[arg(long, value_name = "SHARES")]
+    cpu_share: Option<u64>,
+    /// Limit of the number of processes
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pids_limit: Option<i64>,
+    /// The container's ID
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+pub(super) fn update(context: &Context, arguments: &UpdateArguments) -> Result<(), Error> {
+    let (container, _lock) = Container::open_locked(&context.root, &arguments.id)?;
+    let json = arguments.to_json()?;
+    let resources: LinuxResources =
+        serde_json::from_value(json.clone()).map_err(|error| malformed(&error))?;
+    match container.status() {
+        Status::Stopped | Status::Creating => return Err(ContainerError::NotRunning.into()),
+        Status::Created | Status::Running | Status::Paused => {}
+    }
+    if let Some(cgroup) = &container.record.cgroup {
+        cgroup.update(&resources)?;
+    }
+    order(&container, &Command::Update { resources: json.to_string() })
+}
+
+impl UpdateArguments {
+    fn to_json(&self) -> Result<serde_json::Value, Error> {
+        let mut json = match &self.resources {
+            Some(path) => serde_json::from_str(&read(path)?).map_err(|error| malformed(&error))?,
+            None => serde_json::json!({}),
+        };
+        if !json.is_object() {
+            return Err(Error::Usage("the resources are no JSON object".into()));
+        }
+        let values = [
+            ("memory", "limit", self.memory.map(Into::into)),
+            ("memory", "swap", self.memory_swap.map(Into::into)),
+            ("cpu", "quota", self.cpu_quota.map(Into::into)),
+            ("cpu", "period", self.cpu_period.map(Into::into)),
+            ("cpu", "shares", self.cpu_share.map(Into::into)),
+            ("pids", "limit", self.pids_limit.map(Into::<serde_json::Value>::into)),
+        ];
+        for (group, name, value) in values {
+            if let Some(value) = value {
+                if !json[group].is_object() {
+                    json[group] = serde_json::json!({});
+                }
+                json[group][name] = value;
+            }
+        }
+        Ok(json)
+    }
+}
+
+fn malformed(error: &serde_json::Error) -> Error {
+    Error::Usage(format!("the resources cannot be understood: {error}"))
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    let failed = || format!("cannot read the resources from {}", path.display());
+    let mut text = String::new();
+    let result = if path == Path::new("-") {
+        std::io::stdin().take(MAX_LENGTH).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|file| file.take(MAX_LENGTH).read_to_string(&mut text))
+    };
+    result.map_err(Error::system(failed()))?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        arguments: UpdateArguments,
+    }
+
+    #[test]
+    fn flags_are_entered_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("resources.json");
+        std::fs::write(&path, r#"{"memory":{"limit":1,"swap":2},"pids":null}"#).unwrap();
+        let path = path.to_str().unwrap();
+        let words =
+            ["update", "--resources", path, "--memory", "5", "--memory-swap", "-1", "--pids-limit", "9", "c"];
+        let json = Command::parse_from(words).arguments.to_json().unwrap();
+        assert_eq!(json, serde_json::json!({"memory": {"limit": 5, "swap": -1}, "pids": {"limit": 9}}));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("resources.json");
+        for text in ["[]", "{", "3"] {
+            std::fs::write(&path, text).unwrap();
+            let command = Command::parse_from(["update", "-r", path.to_str().unwrap(), "c"]);
+            assert!(command.arguments.to_json().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Whether a process that was started some time ago still lives, and how to signal it and no other.
+//!
+//! A pid alone may have been given to another process meanwhile; pid and start time together never are.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+/// A process, told from any later one of the same pid by its start time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// The process id.
+    pub pid: i32,
+    /// When it was started, in clock ticks since boot (field 22 of `/proc/<pid>/stat`).
+    pub start_time: u64,
+}
+
+impl ProcessIdentity {
+    /// The identity of a process that exists, be it a zombie.
+    pub fn of(pid: i32) -> io::Result<ProcessIdentity> {
+        let (_, start_time) = read_stat(pid)?;
+        Ok(ProcessIdentity { pid, start_time })
+    }
+
+    /// Whether it runs. A zombie has ended: only its parent has not asked yet.
+    pub fn is_alive(self) -> bool {
+        read_stat(self.pid)
+            .is_ok_and(|(state, start_time)| start_time == self.start_time && !matches!(state, 'Z' | 'X'))
+    }
+
+    /// A handle that stays with this very process; none when it has ended.
+    pub fn open(self) -> Option<ProcessHandle> {
+        // SAFETY: pidfd_open takes a pid and flags, and touches no memory of ours.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        if fd < 0 {
+            return None;
+        }
+        // SAFETY: the kernel returned a new descriptor that nothing else owns.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        // Asked after the handle was made: if the process is the right one now, the handle is its.
+        self.is_alive().then_some(ProcessHandle { fd })
+    }
+
+    /// Sends a signal. False when the process has ended.
+    pub fn signal(self, signal: i32) -> io::Result<bool> {
+        match self.open() {
+            Some(handle) => handle.signal(signal),
+            None => Ok(false),
+        }
+    }
+}
+
+/// A process that is held by a pidfd.
+#[derive(Debug)]
+pub struct ProcessHandle {
+    fd: OwnedFd,
+}
+
+impl ProcessHandle {
+    /// Sends a signal. False when the process has ended.
+    pub fn signal(&self, signal: i32) -> io::Result<bool> {
+        let info: *const libc::siginfo_t = std::ptr::null();
+        // SAFETY: a null siginfo asks the kernel to fill it in as kill(2) does.
+        let result =
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.fd.as_raw_fd(), signal, info, 0) };
+        if result == 0 {
+            return Ok(true);
+        }
+        match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            error => Err(error),
+        }
+    }
+
+    /// Waits until the process has ended; false when it has not within `limit`.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        matches!(poll(&mut fds, timeout), Ok(1..))
+    }
+}
+
+impl AsFd for ProcessHandle {
+    /// Readable when the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn read_stat(pid: i32) -> io::Result<(char, u64)> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat"))?)
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown form")))
+}
+
+/// State and start time. The second field is the command's name, which may hold blanks and parentheses.
+fn parse_stat(stat: &str) -> Option<(char, u64)> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_name_with_parentheses_does_not_confuse() {
+        let stat = "7 (a) b) (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9";
+        assert_eq!(parse_stat(stat), Some(('S', 4242)));
+        assert_eq!(parse_stat("7 (cut"), None);
+        assert_eq!(parse_stat("7 (cut) S 1 2"), None);
+    }
+
+    #[test]
+    fn a_zombie_has_ended() {
+        let mut child = Command::new("/bin/cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let identity = ProcessIdentity::of(child.id() as i32).unwrap();
+        let handle = identity.open().unwrap();
+        assert!(identity.is_alive());
+
+        assert!(identity.signal(libc::SIGKILL).unwrap());
+        assert!(handle.wait(Duration::from_secs(60)));
+        assert!(!identity.is_alive(), "not waited for, and yet it has ended");
+        child.wait().unwrap();
+        assert!(!identity.signal(libc::SIGKILL).unwrap());
+    }
+
+    #[test]
+    fn another_process_of_the_same_pid_is_not_taken_for_it() {
+        let mut identity = ProcessIdentity::of(std::process::id() as i32).unwrap();
+        assert!(identity.is_alive());
+        identity.start_time += 1;
+        assert!(!identity.is_alive());
+        assert!(identity.open().is_none());
+    }
+}

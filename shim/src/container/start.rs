@@ -1,0 +1,86 @@
+//! `start`: connects the network as it is now, and has the guest execute the container's program.
+//!
+//! Engines plumb the network between `create` and `start`, or by hooks during `create`; so it is read here and
+//! no earlier. Reading it needs rights that the monitor has given up, hence this command does it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use rvm_protocol::NetworkConfig;
+
+use super::{Container, ContainerError, Status, folder};
+use crate::cause::Cause;
+use crate::control::{Command, Connection, ControlError};
+use crate::hooks::{self, HookError, HookKind};
+use crate::network::{self, Connected, NetworkError};
+
+/// Why a container could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The container cannot be reached.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// It runs already.
+    #[error("cannot start an already running container")]
+    Running,
+    /// It has ended.
+    #[error("cannot start a container that has stopped")]
+    Stopped,
+    /// It ended before it was started, because its machine failed.
+    #[error("cannot start a container that has stopped: {0}")]
+    Failed(String),
+    /// Its namespace cannot be opened.
+    #[error("cannot open the container's network namespace: {0}")]
+    Namespace(Cause),
+    /// Its network cannot be connected.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The guest refused. Its words are the user's: engines derive exit statuses from them.
+    #[error("{0}")]
+    Refused(String),
+    /// A hook failed, and the container was killed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+}
+
+/// Starts a created container that this command has locked.
+pub fn start(container: &Container) -> Result<(), StartError> {
+    match container.status() {
+        Status::Created => {}
+        Status::Running | Status::Paused => return Err(StartError::Running),
+        Status::Creating | Status::Stopped => {
+            return Err(container.last_words().map_or(StartError::Stopped, StartError::Failed));
+        }
+    }
+    let connection = container.connect()?;
+    let connected = connect_network(container)?;
+    ask(container, &connection, connected)?;
+    let state = container.record.report(Status::Running).to_json();
+    hooks::run(HookKind::Poststart, &container.record.poststart, &state).inspect_err(|_| {
+        // The specification (1.2, lifecycle) has the container stopped when one of these hooks fails.
+        let _ = container.monitor().map(|monitor| monitor.signal(libc::SIGKILL));
+    })?;
+    Ok(())
+}
+
+fn connect_network(container: &Container) -> Result<Connected, StartError> {
+    let monitor = container.monitor()?;
+    let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid))
+        .map_err(|error| StartError::Namespace(error.into()))?;
+    let connected = network::connect(namespace.as_fd())?;
+    if !connected.interfaces.is_empty() {
+        // Tells `delete` that there is something to take back. Without the file it only does less.
+        let _ = container.folder().write(folder::NETWORK, b"");
+    }
+    Ok(connected)
+}
+
+fn ask(container: &Container, connection: &Connection, connected: Connected) -> Result<(), StartError> {
+    let (interfaces, taps): (Vec<_>, Vec<_>) = connected.interfaces.into_iter().unzip();
+    let network = NetworkConfig { interfaces, routes: connected.routes, neighbours: connected.neighbours };
+    let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+    connection.order(&Command::Start { network }, &taps).map_err(|error| match error {
+        ControlError::Refused(words) => StartError::Refused(words),
+        error => container.conversation_failed(error).into(),
+    })
+}

@@ -1,0 +1,66 @@
+//! How failures are worded, and with which exit status a command ends.
+
+use crate::cause::Cause;
+use crate::{bundle, cgroup, container, control, hooks, logging, network, seccomp};
+
+/// Exit status of a failed command.
+pub const FAILURE: u8 = 1;
+/// Exit status of a failed `exec`, where 1 could be the command's own.
+pub const EXEC_FAILURE: u8 = 255;
+
+/// Any failure of a command.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The command line asks for something that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// The container's state on disk.
+    #[error(transparent)]
+    Container(#[from] container::ContainerError),
+    /// Creating the container.
+    #[error(transparent)]
+    Create(#[from] container::create::CreateError),
+    /// Starting the container.
+    #[error(transparent)]
+    Start(#[from] container::start::StartError),
+    /// The bundle.
+    #[error(transparent)]
+    Bundle(#[from] bundle::BundleError),
+    /// The host's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::CgroupError),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] hooks::HookError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
+    /// The seccomp profile.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::SeccompError),
+    /// The conversation with the container's monitor.
+    #[error(transparent)]
+    Control(#[from] control::ControlError),
+    /// A process that `exec` started.
+    #[error("{0}")]
+    Exec(String),
+    /// The log file.
+    #[error(transparent)]
+    Log(#[from] logging::LogError),
+    /// An operation of the system that has no module of its own.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the operating system reported.
+        source: Cause,
+    },
+}
+
+impl Error {
+    /// Makes the closure that `map_err` wants, for an operation described by `what`.
+    pub fn system<E: Into<Cause>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+        let what = what.into();
+        move |source| Error::System { what, source: source.into() }
+    }
+}

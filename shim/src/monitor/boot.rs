@@ -1,0 +1,128 @@
+//! The machine of a container: its configuration, its devices, and what went wrong when it ended by itself.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use rvm_protocol::{CONTROL_PORT, GUEST_CID, ROOTFS_TAG, STREAM_PORT};
+use rvm_vmm::event_loop::EventLoop;
+use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
+use rvm_vmm::virtio::fs::{FileServer, FsDevice, PreparedFileServer};
+use rvm_vmm::virtio::rng::RngDevice;
+use rvm_vmm::virtio::vsock::{VsockDevice, VsockListener};
+
+use super::{MonitorError, initramfs};
+use crate::container::shape::Shape;
+use crate::timeline::{Phase, Timeline};
+
+/// The slots of the devices that every machine has.
+const VSOCK_SLOT: u8 = 0;
+const RNG_SLOT: u8 = 1;
+const ROOTFS_SLOT: u8 = 2;
+/// The first slot that is free for devices that are plugged later.
+pub const FIRST_FREE_SLOT: u8 = 3;
+/// Number of slots.
+pub const SLOTS: u8 = 8;
+/// How many of the kernel's last lines an error shows.
+const LAST_LINES: usize = 12;
+
+/// A machine that is built and not started, with what could only be opened before the change of the root.
+pub struct Built {
+    machine: Machine,
+    files: PreparedFileServer,
+}
+
+/// A machine that boots.
+pub struct Booting {
+    /// The machine.
+    pub machine: Machine,
+    /// Where the agent's control connection arrives.
+    pub control: VsockListener,
+    /// Where streams arrive.
+    pub streams: VsockListener,
+    /// Drives the devices that never block.
+    pub events: EventLoop,
+}
+
+/// Builds the machine and loads the kernel into it.
+pub fn build(
+    shape: Shape,
+    kernel: File,
+    mut agent: File,
+    timeline: &mut Timeline,
+) -> Result<Built, MonitorError> {
+    let files = FileServer::prepare()?;
+    let initramfs =
+        initramfs::build(&mut agent).map_err(MonitorError::system("cannot read the guest's agent"))?;
+    // `create` opened the image; its name is for the error message alone.
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", kernel.as_raw_fd())).unwrap_or_default();
+    let machine = Machine::new(MachineConfig {
+        vcpus: shape.vcpus,
+        memory: shape.memory,
+        kernel,
+        initramfs,
+        command_line: String::new(),
+        slots: SLOTS,
+    })
+    .map_err(|error| MonitorError::of_boot(&name, error))?;
+    let reached = machine.timeline();
+    timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
+    timeline.mark_at(Phase::KernelLoaded, reached.kernel_loaded);
+    Ok(Built { machine, files })
+}
+
+impl Built {
+    /// Plugs the devices and lets the vCPUs run. This process's root is now the container's.
+    pub fn start(self, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
+        let Built { machine, files } = self;
+        let events = EventLoop::spawn("devices")?;
+        let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
+        let control = guest.listen(CONTROL_PORT)?;
+        let streams = guest.listen(STREAM_PORT)?;
+        let root = FsDevice::new(ROOTFS_TAG, files.serve_root(Path::new("/"))?)?;
+        machine.plug(VSOCK_SLOT, Box::new(vsock))?;
+        machine.plug(RNG_SLOT, Box::new(RngDevice::new(events.handle())))?;
+        machine.plug(ROOTFS_SLOT, Box::new(root))?;
+        machine.start()?;
+        if let Some(entry) = machine.timeline().kernel_entry {
+            timeline.mark_at(Phase::KernelEntry, entry);
+        }
+        Ok(Booting { machine, control, streams, events })
+    }
+}
+
+/// Why the guest ended by itself, with the last lines of its kernel.
+pub fn post_mortem(machine: &Machine) -> String {
+    let why = match machine.exit_reason() {
+        None => "the guest stopped answering".to_owned(),
+        Some(ExitReason::Reset) => "the guest's kernel gave up".to_owned(),
+        Some(ExitReason::Shutdown) => "the guest's processor shut down".to_owned(),
+        Some(ExitReason::Error(words)) => format!("the virtual machine failed: {words}"),
+    };
+    match last_lines(&machine.console()) {
+        lines if lines.is_empty() => why,
+        lines => format!("{why}; its last messages: {lines}"),
+    }
+}
+
+/// The last lines that say something. The console's bytes are the guest's, so control characters go.
+fn last_lines(console: &str) -> String {
+    let clean =
+        |line: &str| line.chars().filter(|char| !char.is_control()).collect::<String>().trim().to_owned();
+    let lines: Vec<_> = console.lines().map(clean).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(LAST_LINES)..].join(" | ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_are_one_line_without_control_characters() {
+        let console = "first\r\n\r\n\x1b[31msecond\r\n";
+        assert_eq!(last_lines(console), "first | [31msecond");
+        let many = (0..100).map(|number| format!("{number}\n")).collect::<String>();
+        assert!(last_lines(&many).starts_with("88 | ") && last_lines(&many).ends_with("| 99"));
+        assert_eq!(last_lines(""), "");
+    }
+}

@@ -1,0 +1,346 @@
+//! What the monitor does for `rvm` commands and on signals.
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use rvm_protocol::{ExecProcess, ExitStatus, NetworkConfig, ProcessId, Request, StartContainer};
+use rvm_vmm::virtio::net::NetDevice;
+
+use super::boot::SLOTS;
+use super::clients::ClientId;
+use super::service::{Deadline, KILL_PATIENCE, Outcome, SYNC_PATIENCE, Service};
+use super::streams::{Stream, StreamRole};
+use crate::console;
+use crate::container::{StateReport, Status, Step};
+use crate::control::{Answer, Command, Exec, Packet, WindowSize};
+use crate::signals;
+use crate::timeline::Phase;
+
+/// Who waits for the agent's reply to a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Pending {
+    /// The start of the container.
+    Start,
+    /// The start of a further process.
+    Exec(ProcessId),
+    /// A command that wants to know that a signal has arrived.
+    Signal(ClientId),
+    /// A command that wants to know that it is done.
+    Simple(ClientId),
+    /// A command that wants the list of processes.
+    List(ClientId),
+    /// A command that wants the machine halted once everything is written back.
+    PauseSync(ClientId),
+    /// Nobody.
+    Nobody,
+}
+
+/// A further process of the container.
+#[derive(Debug)]
+pub(super) struct Execution {
+    /// Whose it is.
+    pub client: ClientId,
+    /// How many streams it has.
+    pub expected_streams: usize,
+    /// Its streams, as far as they are connected.
+    pub streams: Vec<Stream>,
+    /// Whether the agent has started it.
+    pub started: bool,
+    /// Whether the client was told.
+    pub announced: bool,
+    /// How it ended.
+    pub status: Option<ExitStatus>,
+}
+
+impl Service {
+    pub(super) fn on_command(&mut self, client: ClientId, packet: Packet<Command>) {
+        let done = match packet.message {
+            Command::Start { network } => self.on_start(client, network, packet.descriptors),
+            Command::Signal { signal, all } => self.on_signal_command(client, signal, all),
+            Command::Exec(exec) => self.on_exec(client, &exec),
+            Command::SignalExec { signal } => self.on_exec_signal(client, signal),
+            Command::ResizeExec(size) => self.on_exec_resize(client, size),
+            Command::Processes => self.forward(client, Request::List, Pending::List(client)),
+            Command::Pause => self.on_pause(client),
+            Command::Resume => self.on_resume(client),
+            Command::Update { resources } => {
+                self.forward(client, Request::Update { resources }, Pending::Simple(client))
+            }
+        };
+        if let Err(why) = done {
+            self.clients.refuse(client, why);
+        }
+    }
+
+    /// The process that a connection has started ends with the connection.
+    pub(super) fn on_client_gone(&mut self, client: ClientId) {
+        if let Some(process) = self.clients.remove(client) {
+            self.kill_process(process);
+        }
+    }
+
+    pub(super) fn on_signal(&mut self, signal: i32) {
+        if signal == libc::SIGWINCH {
+            let Some(size) = self.init.terminal().and_then(|terminal| console::window_size(terminal).ok())
+            else {
+                return;
+            };
+            if self.start_asked {
+                let WindowSize { rows, columns } = size;
+                self.request(Request::Resize { process: ProcessId::INIT, rows, columns }, Pending::Nobody);
+            }
+        } else {
+            self.signal_init(signal, false, Pending::Nobody);
+        }
+    }
+
+    /// Signals the container's process. Before it exists, the signal does to the container what it would do to
+    /// a process that has no handler.
+    fn signal_init(&mut self, signal: i32, all: bool, pending: Pending) {
+        if !self.start_asked {
+            if signals::is_fatal(signal) {
+                // Signal numbers end at 64.
+                let signal = u8::try_from(signal).unwrap_or(libc::SIGKILL as u8);
+                self.outcome.get_or_insert(Outcome::Ended(ExitStatus::Signal(signal)));
+            }
+            if let Pending::Signal(client) = pending {
+                self.clients.answer(client, &Answer::Done, &[]);
+            }
+            return;
+        }
+        if signal == libc::SIGKILL {
+            self.prepare_for_kill();
+        }
+        self.request(Request::Signal { process: ProcessId::INIT, signal, all }, pending);
+    }
+
+    /// A kill takes effect even if the guest does not co-operate, or nobody reads the container's output.
+    fn prepare_for_kill(&mut self) {
+        if self.step == Step::Paused {
+            self.end_by_kill();
+        } else if let Some(status) = self.init.status() {
+            self.outcome.get_or_insert(Outcome::Ended(status));
+        } else {
+            self.deadlines.entry(Deadline::Kill).or_insert(Instant::now() + KILL_PATIENCE);
+        }
+    }
+
+    fn on_signal_command(&mut self, client: ClientId, signal: i32, all: bool) -> Result<(), String> {
+        self.signal_init(signal, all, Pending::Signal(client));
+        Ok(())
+    }
+
+    fn on_start(
+        &mut self,
+        client: ClientId,
+        network: NetworkConfig,
+        taps: Vec<OwnedFd>,
+    ) -> Result<(), String> {
+        if self.start_asked {
+            return Err("cannot start an already running container".into());
+        }
+        let network = self.plug_network(network, taps)?;
+        self.setup.timeline.mark(Phase::StartAsked);
+        // The engine may have set the size since.
+        let size = self
+            .init
+            .terminal()
+            .map(|terminal| console::window_size(terminal).ok().or(self.setup.terminal).unwrap_or_default());
+        let streams = self
+            .streams
+            .expect(ProcessId::INIT, size)
+            .map_err(|error| format!("cannot draw a random number: {error}"))?;
+        self.start_asked = true;
+        self.starter = Some(client);
+        let start = StartContainer {
+            id: self.setup.id.clone(),
+            spec: std::mem::take(&mut self.setup.guest_spec),
+            streams,
+            network,
+            seccomp: self.setup.seccomp.clone(),
+            hook_state: created_state(&self.setup.hook_state),
+            memory_limit: self.setup.shape.memory_limit,
+        };
+        self.request(Request::Start(Box::new(start)), Pending::Start);
+        Ok(())
+    }
+
+    fn plug_network(
+        &mut self,
+        mut network: NetworkConfig,
+        taps: Vec<OwnedFd>,
+    ) -> Result<NetworkConfig, String> {
+        if network.interfaces.len() != taps.len() {
+            return Err("the number of interfaces and of their taps differ".into());
+        }
+        for (interface, tap) in network.interfaces.iter_mut().zip(taps) {
+            if self.next_slot >= SLOTS {
+                return Err(format!("the virtual machine has no slot left for interface {}", interface.name));
+            }
+            let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
+            let device = NetDevice::new(tap, interface.mac, mtu, self.events.handle());
+            self.machine
+                .plug(self.next_slot, Box::new(device))
+                .map_err(|error| format!("cannot plug interface {}: {error}", interface.name))?;
+            interface.slot = self.next_slot;
+            self.next_slot += 1;
+        }
+        Ok(network)
+    }
+
+    fn on_exec(&mut self, client: ClientId, exec: &Exec) -> Result<(), String> {
+        if self.clients.process(client).is_some() {
+            return Err("this connection has started a process already".into());
+        }
+        self.require_running()?;
+        let process = ProcessId(self.next_process);
+        self.next_process += 1;
+        let streams = self
+            .streams
+            .expect(process, exec.terminal)
+            .map_err(|error| format!("cannot draw a random number: {error}"))?;
+        let expected_streams = if exec.terminal.is_some() { 1 } else { 3 };
+        let execution = Execution {
+            client,
+            expected_streams,
+            streams: Vec::new(),
+            started: false,
+            announced: false,
+            status: None,
+        };
+        self.executions.insert(process, execution);
+        self.clients.set_process(client, process);
+        let request =
+            ExecProcess { process, spec: exec.process.clone(), streams, seccomp: self.setup.seccomp.clone() };
+        self.request(Request::Exec(Box::new(request)), Pending::Exec(process));
+        Ok(())
+    }
+
+    fn on_exec_signal(&mut self, client: ClientId, signal: i32) -> Result<(), String> {
+        let process = self.clients.process(client).ok_or("this connection has started no process")?;
+        self.request(Request::Signal { process, signal, all: false }, Pending::Nobody);
+        Ok(())
+    }
+
+    fn on_exec_resize(&mut self, client: ClientId, size: WindowSize) -> Result<(), String> {
+        let process = self.clients.process(client).ok_or("this connection has started no process")?;
+        let WindowSize { rows, columns } = size;
+        self.request(Request::Resize { process, rows, columns }, Pending::Nobody);
+        Ok(())
+    }
+
+    fn on_pause(&mut self, client: ClientId) -> Result<(), String> {
+        self.require_running()?;
+        // What is copied or committed while the container is paused has to be on the host by then.
+        self.deadlines.insert(Deadline::Sync, Instant::now() + SYNC_PATIENCE);
+        self.request(Request::Sync, Pending::PauseSync(client));
+        Ok(())
+    }
+
+    /// Halts the machine for all who asked.
+    pub(super) fn pause_after_sync(&mut self) {
+        self.deadlines.remove(&Deadline::Sync);
+        let waiting: Vec<_> = self
+            .pending
+            .iter()
+            .filter_map(|(request, pending)| match pending {
+                Pending::PauseSync(client) => Some((*request, *client)),
+                _ => None,
+            })
+            .collect();
+        let result = if self.step == Step::Paused { Ok(()) } else { self.machine.pause() };
+        if result.is_ok() {
+            self.set_step(Step::Paused);
+        }
+        for (request, client) in waiting {
+            // The reply may come once the machine goes on; nobody waits for it then.
+            self.pending.insert(request, Pending::Nobody);
+            match &result {
+                Ok(()) => self.clients.answer(client, &Answer::Done, &[]),
+                Err(error) => self.clients.refuse(client, format!("cannot pause the container: {error}")),
+            }
+        }
+    }
+
+    fn on_resume(&mut self, client: ClientId) -> Result<(), String> {
+        if self.step != Step::Paused {
+            return Err("container not paused".into());
+        }
+        self.machine.resume().map_err(|error| format!("cannot resume the container: {error}"))?;
+        self.set_step(Step::Running);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let realtime_nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        self.request(Request::SetClock { realtime_nanoseconds }, Pending::Nobody);
+        self.clients.answer(client, &Answer::Done, &[]);
+        Ok(())
+    }
+
+    fn forward(&mut self, _: ClientId, request: Request, pending: Pending) -> Result<(), String> {
+        self.require_running()?;
+        self.request(request, pending);
+        Ok(())
+    }
+
+    fn require_running(&self) -> Result<(), String> {
+        match self.step {
+            Step::Running if self.init.status().is_none() => Ok(()),
+            Step::Paused => Err("container is paused".into()),
+            _ => Err("container not running".into()),
+        }
+    }
+
+    pub(super) fn kill_process(&mut self, process: ProcessId) {
+        let signal = Request::Signal { process, signal: libc::SIGKILL, all: false };
+        match self.executions.get(&process) {
+            None => self.streams.forget(process),
+            Some(execution) if execution.status.is_some() => {
+                self.executions.remove(&process);
+                self.streams.forget(process);
+            }
+            // Before it is started the agent knows no process of that name: it is killed when it is.
+            Some(execution) if execution.started => self.request(signal, Pending::Nobody),
+            Some(_) => {}
+        }
+    }
+
+    pub(super) fn request(&mut self, request: Request, pending: Pending) {
+        match self.agent.request(request) {
+            Ok(number) => drop(self.pending.insert(number, pending)),
+            Err(failure) => {
+                if let Pending::Signal(client) | Pending::Simple(client) | Pending::List(client) = pending {
+                    self.clients.refuse(client, failure.to_string());
+                }
+                self.on_agent_failure(&failure);
+            }
+        }
+    }
+
+    pub(super) fn receive_streams(&mut self) {
+        for stream in self.streams.receive() {
+            if stream.process == ProcessId::INIT {
+                let result = self.init.connect(stream);
+                if let Err(error) = result {
+                    self.fail(format!("cannot copy the container's streams: {error}"));
+                }
+            } else if let Some(execution) = self.executions.get_mut(&stream.process) {
+                let process = stream.process;
+                execution.streams.push(stream);
+                self.announce(process);
+            }
+        }
+    }
+}
+
+/// The state for the hooks that run in the container, of which all but the status was known at `create`.
+fn created_state(creating: &str) -> String {
+    let report = serde_json::from_str::<StateReport>(creating);
+    report.map_or_else(
+        |_| creating.to_owned(),
+        |report| StateReport { status: Status::Created, ..report }.to_json(),
+    )
+}
+
+/// The order in which a process's streams are handed over.
+pub(super) fn in_order(streams: &mut [Stream]) {
+    streams.sort_by_key(|stream: &Stream| -> StreamRole { stream.role });
+}

@@ -1,0 +1,209 @@
+//! The monitor: the one process of a container. It holds the machine, serves its files and streams, and is the
+//! process id that the engine knows.
+//!
+//! Set-up happens in an order that each step needs of the one before: namespaces and mounts while the host's
+//! files are still visible; what must be opened there (`/dev/kvm`, `/proc`); the change of the root; giving up
+//! privileges; and only then threads, and with them the guest. From there on [`Service`](service::Service) waits
+//! for whatever happens, and the process ends as the container's process did.
+
+pub mod handshake;
+
+mod agent;
+mod boot;
+mod clients;
+mod commands;
+mod confine;
+mod events;
+mod init;
+mod initramfs;
+mod service;
+mod setup;
+mod streams;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use rvm_protocol::ExitStatus;
+
+use crate::cause::Cause;
+use crate::container::{Folder, Step, folder};
+use crate::control::{ControlError, receive, send};
+use crate::hooks::{self, HookError, HookKind};
+use crate::logging::Log;
+use crate::reexec;
+use crate::rootfs::{Overlay, Rootfs, RootfsError};
+use crate::signals::{self, Signals};
+use crate::timeline::Phase;
+use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
+use service::{Outcome, Service};
+
+/// Exit status of a monitor whose machine failed.
+const FAILED: i32 = 255;
+
+/// Why a container could not be created or its machine not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum MonitorError {
+    /// The process was not started by `create`.
+    #[error("the monitor is started by 'rvm create', not by hand")]
+    NotStartedByCreate,
+    /// `create` has ended or said something unexpected.
+    #[error("'rvm create' gave up: {0}")]
+    Handshake(#[from] ControlError),
+    /// The container's mounts.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(rvm_vmm::machine::MachineError),
+    /// The guest's kernel image.
+    #[error("cannot boot {path}: {source}", path = path.display())]
+    Kernel {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: rvm_vmm::machine::BootError,
+    },
+    /// The file server.
+    #[error(transparent)]
+    Files(#[from] rvm_vmm::virtio::fs::FsError),
+    /// The vsock.
+    #[error(transparent)]
+    Vsock(#[from] rvm_vmm::virtio::vsock::VsockError),
+    /// The devices' thread.
+    #[error(transparent)]
+    EventLoop(#[from] rvm_vmm::event_loop::EventLoopError),
+    /// The spec that `create` sent.
+    #[error("the spec cannot be decoded: {0}")]
+    Spec(#[from] serde_json::Error),
+    /// An operation of the system.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the operating system reported.
+        source: Cause,
+    },
+}
+
+impl From<rvm_vmm::machine::MachineError> for MonitorError {
+    fn from(error: rvm_vmm::machine::MachineError) -> Self {
+        MonitorError::Machine(error)
+    }
+}
+
+impl MonitorError {
+    /// An error of the machine's making, with the image's name where the image is to blame.
+    fn of_boot(kernel: &Path, error: rvm_vmm::machine::MachineError) -> Self {
+        match error {
+            rvm_vmm::machine::MachineError::Boot(source) => {
+                MonitorError::Kernel { path: kernel.to_owned(), source }
+            }
+            other => MonitorError::Machine(other),
+        }
+    }
+
+    /// Makes the closure that `map_err` wants.
+    fn system<E: Into<Cause>>(what: &str) -> impl FnOnce(E) -> MonitorError {
+        let what = what.to_owned();
+        move |error| MonitorError::System { what, source: error.into() }
+    }
+}
+
+/// The descriptors of [`ToMonitor::Setup`].
+struct Inherited {
+    folder: Folder,
+    listener: OwnedFd,
+    kernel: File,
+    agent: File,
+    log: Option<File>,
+}
+
+/// Runs the monitor. Returns only if it was not started by `create`.
+pub fn run() -> Result<(), MonitorError> {
+    let socket = reexec::inherited_socket().map_err(|_| MonitorError::NotStartedByCreate)?;
+    let (setup, inherited) = receive_setup(&socket)?;
+    let log =
+        Log::to_file(inherited.log.as_ref().and_then(|log| log.try_clone().ok()), setup.log_format, false);
+    let service = match prepare(&socket, setup, inherited) {
+        Ok(service) => service,
+        Err(error) => {
+            let _ = send(&socket, &FromMonitor::Failed(error.to_string()), &[]);
+            signals::end(FAILED);
+        }
+    };
+    drop(socket);
+    match service.run() {
+        Outcome::Ended(status) => signals::exit_as(status),
+        Outcome::NotStarted(code) => signals::end(code),
+        Outcome::Failed(words) => {
+            log.error_to_log(&words);
+            signals::exit_as(ExitStatus::Code(FAILED as u8));
+        }
+    }
+}
+
+fn receive_setup(socket: &OwnedFd) -> Result<(Box<Setup>, Inherited), MonitorError> {
+    let packet = receive::<ToMonitor>(socket)?.ok_or(ControlError::Closed)?;
+    let ToMonitor::Setup(setup) = packet.message else { return Err(ControlError::Unexpected.into()) };
+    if packet.descriptors.len() < SETUP_DESCRIPTORS {
+        return Err(ControlError::Unexpected.into());
+    }
+    let mut descriptors = packet.descriptors.into_iter();
+    let mut next = || descriptors.next().ok_or(ControlError::Unexpected);
+    let inherited = Inherited {
+        folder: Folder::from_handle(next()?.into()),
+        listener: next()?,
+        kernel: next()?.into(),
+        agent: next()?.into(),
+        log: next().ok().map(File::from),
+    };
+    Ok((setup, inherited))
+}
+
+/// Everything up to the moment when the container counts as created.
+fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<Service, MonitorError> {
+    let mut setup = setup;
+    let Inherited { folder, listener, kernel, agent, log: _log } = inherited;
+    setup.timeline.mark(Phase::MonitorUp);
+    setup::detach(setup.terminal.is_some())
+        .map_err(MonitorError::system("cannot detach from 'rvm create'"))?;
+    let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
+    let spec: Spec = serde_json::from_str(&setup.spec)?;
+
+    setup::enter_namespaces(setup.network_namespace.as_deref())?;
+    let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
+    let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
+    setup.timeline.mark(Phase::RootfsReady);
+    let built = boot::build(setup.shape, kernel, agent, &mut setup.timeline)?;
+    let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;
+
+    send(socket, &FromMonitor::Prepared, &[])?;
+    match receive::<ToMonitor>(socket)?.ok_or(ControlError::Closed)?.message {
+        ToMonitor::Continue => {}
+        ToMonitor::Setup(_) => return Err(ControlError::Unexpected.into()),
+    }
+    if let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_deref()) {
+        hooks::run(HookKind::CreateContainer, hooks, &setup.hook_state)?;
+    }
+    rootfs.pivot()?;
+    std::env::set_current_dir(Path::new("/")).map_err(MonitorError::system("cannot enter the new root"))?;
+    confine::confine().map_err(MonitorError::system("cannot give up privileges"))?;
+    let booting = built.start(&mut setup.timeline)?;
+
+    folder
+        .write_json(folder::STEP, &Step::Created)
+        .map_err(MonitorError::system("cannot write the container's state"))?;
+    let tie = setup
+        .tied
+        .then(|| socket.try_clone())
+        .transpose()
+        .map_err(MonitorError::system("cannot keep the conversation with 'rvm create'"))?;
+    let service = Service::new(setup, folder, listener, signals, stdio, booting, tie)?;
+    send(socket, &FromMonitor::Ready, &[])?;
+    Ok(service)
+}

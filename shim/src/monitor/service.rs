@@ -1,0 +1,348 @@
+//! The monitor's main loop: it waits for signals, commands, the agent, streams and the machine's end, and hands
+//! each to the part that deals with it. It never blocks anywhere else, so that no guest can make it hang.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rvm_protocol::{ExitStatus, ProcessId};
+use rvm_vmm::event_loop::EventLoop;
+use rvm_vmm::machine::Machine;
+use rvm_vmm::virtio::vsock::VsockListener;
+
+use super::MonitorError;
+use super::agent::{Agent, AgentFailure};
+use super::boot::{self, Booting};
+use super::clients::{ClientId, Clients};
+use super::commands::{Execution, Pending};
+use super::handshake::Setup;
+use super::init::Init;
+use super::setup::Stdio;
+use super::streams::Streams;
+use crate::container::{Folder, Step, folder};
+use crate::control::Answer;
+use crate::signals::Signals;
+use crate::timeline::Phase;
+
+/// How long a guest may take until its agent answers. Far above what the slowest host needs: it only ends what
+/// would hang for ever.
+const BOOT_PATIENCE: Duration = Duration::from_secs(180);
+/// How long the guest may take to end a killed container before the machine is ended under it. The container's exit
+/// status is the same, and what it wrote to files is on the host already.
+pub(super) const KILL_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the guest may take to write everything back before it is halted all the same.
+pub(super) const SYNC_PATIENCE: Duration = Duration::from_secs(10);
+/// How long what was sent may take to be copied once the machine has ended or the container was killed.
+pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+/// How long after the agent's end the machine may take to end too, so that its last messages are known.
+const LAST_WORDS_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How it all ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The container's process ended so.
+    Ended(ExitStatus),
+    /// The guest could not start the container's process; the code is what a shell would report.
+    NotStarted(i32),
+    /// The machine failed, for this reason.
+    Failed(String),
+}
+
+/// Something to be done at a time, unless it is put off or becomes needless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Deadline {
+    /// The agent has not answered.
+    Boot,
+    /// The guest has not ended a killed container.
+    Kill,
+    /// The guest has not written everything back.
+    Sync,
+    /// The container has ended for good, and streams are still being copied.
+    Drain,
+    /// The agent's connection has ended, and the machine has not.
+    LastWords,
+}
+
+/// A container's monitor at work.
+pub struct Service {
+    pub(super) setup: Box<Setup>,
+    pub(super) folder: Folder,
+    pub(super) machine: Machine,
+    pub(super) events: EventLoop,
+    pub(super) agent: Agent,
+    pub(super) streams: Streams,
+    pub(super) clients: Clients,
+    pub(super) init: Init,
+    pub(super) step: Step,
+    /// The command that has asked for the start and waits for it; once asked, it is not asked again.
+    pub(super) starter: Option<ClientId>,
+    pub(super) start_asked: bool,
+    pub(super) next_slot: u8,
+    pub(super) pending: HashMap<u64, Pending>,
+    pub(super) executions: HashMap<ProcessId, Execution>,
+    pub(super) next_process: u32,
+    pub(super) deadlines: HashMap<Deadline, Instant>,
+    pub(super) outcome: Option<Outcome>,
+    signals: Signals,
+    control_listener: VsockListener,
+    stream_listener: VsockListener,
+    machine_ended: bool,
+    /// The conversation with the command that this container ends with, if it does.
+    tie: Option<OwnedFd>,
+}
+
+/// What poll found ready.
+enum Source {
+    Signal,
+    CommandListener,
+    Command(ClientId),
+    ControlListener,
+    Agent,
+    StreamListener,
+    StreamHeader,
+    Machine,
+    Drained,
+    Tie,
+}
+
+impl Service {
+    /// The service of a machine that boots.
+    pub fn new(
+        setup: Box<Setup>,
+        folder: Folder,
+        listener: OwnedFd,
+        signals: Signals,
+        stdio: Stdio,
+        booting: Booting,
+        tie: Option<OwnedFd>,
+    ) -> Result<Service, MonitorError> {
+        let init = Init::new(stdio, setup.terminal.is_some())
+            .map_err(MonitorError::system("cannot make an event descriptor"))?;
+        Ok(Service {
+            setup,
+            folder,
+            machine: booting.machine,
+            events: booting.events,
+            agent: Agent::default(),
+            streams: Streams::default(),
+            clients: Clients::new(listener),
+            init,
+            step: Step::Created,
+            starter: None,
+            start_asked: false,
+            next_slot: boot::FIRST_FREE_SLOT,
+            pending: HashMap::new(),
+            executions: HashMap::new(),
+            next_process: ProcessId::INIT.0 + 1,
+            deadlines: HashMap::from([(Deadline::Boot, Instant::now() + BOOT_PATIENCE)]),
+            outcome: None,
+            signals,
+            control_listener: booting.control,
+            stream_listener: booting.streams,
+            machine_ended: false,
+            tie,
+        })
+    }
+
+    /// Works until the container has ended.
+    pub fn run(mut self) -> Outcome {
+        let outcome = loop {
+            if let Some(outcome) = self.outcome.take() {
+                break outcome;
+            }
+            for source in self.wait() {
+                self.handle(source);
+            }
+            self.check_deadlines();
+            if self.init.is_over() {
+                self.outcome = self.outcome.take().or(self.init.status().map(Outcome::Ended));
+            }
+        };
+        self.conclude(&outcome);
+        outcome
+    }
+
+    fn wait(&mut self) -> Vec<Source> {
+        let next = self.deadlines.values().min();
+        let timeout = next.map_or(PollTimeout::NONE, |deadline| {
+            // Rounded up, so that the deadline has passed when poll returns.
+            let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut sources = Vec::new();
+        let mut fds = Vec::new();
+        self.list_sources(|source, fd| {
+            sources.push(source);
+            fds.push(fd);
+        });
+        if poll(&mut fds, timeout).is_err() {
+            return Vec::new();
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        sources.into_iter().zip(ready).filter_map(|(source, ready)| ready.then_some(source)).collect()
+    }
+
+    fn list_sources<'fd>(&'fd self, mut add: impl FnMut(Source, PollFd<'fd>)) {
+        let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        add(Source::Signal, input(self.signals.as_fd()));
+        add(Source::CommandListener, input(self.clients.listener()));
+        for (id, fd) in self.clients.connections() {
+            add(Source::Command(id), input(fd));
+        }
+        add(Source::ControlListener, input(self.control_listener.as_fd()));
+        if let Some((fd, flags)) = self.agent.interest() {
+            add(Source::Agent, PollFd::new(fd, flags));
+        }
+        add(Source::StreamListener, input(self.stream_listener.as_fd()));
+        for fd in self.streams.undecided() {
+            add(Source::StreamHeader, input(fd));
+        }
+        if !self.machine_ended {
+            add(Source::Machine, input(self.machine.exit_event()));
+        }
+        add(Source::Drained, input(self.init.drained()));
+        if let Some(tie) = &self.tie {
+            add(Source::Tie, input(tie.as_fd()));
+        }
+    }
+
+    fn handle(&mut self, source: Source) {
+        match source {
+            Source::Signal => {
+                while let Some(signal) = self.signals.take() {
+                    self.on_signal(signal);
+                }
+            }
+            // A connection that its client has given up already is no failure.
+            Source::CommandListener => drop(self.clients.accept()),
+            Source::Command(id) => match self.clients.receive(id) {
+                Some(packet) => self.on_command(id, packet),
+                None => self.on_client_gone(id),
+            },
+            Source::ControlListener => self.accept_agent(),
+            Source::Agent => self.receive_from_agent(),
+            Source::StreamListener | Source::StreamHeader => self.accept_streams(),
+            Source::Machine => self.on_machine_end(),
+            Source::Drained => self.init.count_drained(),
+            // Nothing more is said on it: it can only have closed.
+            Source::Tie => self.end_by_kill(),
+        }
+    }
+
+    /// The first connection is the agent's: it connects before any process of the container exists. Later ones
+    /// are closed.
+    fn accept_agent(&mut self) {
+        while let Some(connection) = self.control_listener.accept() {
+            if !self.agent.is_connected() && self.deadlines.contains_key(&Deadline::Boot) {
+                let _ = self.agent.connect(connection);
+            }
+        }
+    }
+
+    /// Takes the streams that have arrived. What the agent says of a process comes after the process's streams,
+    /// so this is called before it is acted upon.
+    pub(super) fn accept_streams(&mut self) {
+        while let Some(connection) = self.stream_listener.accept() {
+            // One that breaks at once is none.
+            let _ = self.streams.add(connection);
+        }
+        self.receive_streams();
+    }
+
+    fn receive_from_agent(&mut self) {
+        let result = self.agent.flush().and_then(|()| self.agent.receive());
+        match result {
+            Ok(messages) => messages.into_iter().for_each(|message| self.on_message(message)),
+            Err(failure) => self.on_agent_failure(&failure),
+        }
+    }
+
+    /// A machine whose agent is gone ends soon, and its last messages tell more than the lost connection.
+    pub(super) fn on_agent_failure(&mut self, failure: &AgentFailure) {
+        self.agent.disconnect();
+        match failure {
+            AgentFailure::Closed => {
+                self.deadlines.remove(&Deadline::Boot);
+                self.deadlines.entry(Deadline::LastWords).or_insert(Instant::now() + LAST_WORDS_PATIENCE);
+            }
+            _ => self.fail(failure.to_string()),
+        }
+    }
+
+    fn on_machine_end(&mut self) {
+        self.machine_ended = true;
+        if self.init.status().is_some() {
+            self.deadlines.entry(Deadline::Drain).or_insert(Instant::now() + DRAIN_PATIENCE);
+        } else {
+            // The container's end may have been sent just before.
+            self.receive_from_agent();
+            if self.init.status().is_none() {
+                self.fail(boot::post_mortem(&self.machine));
+            }
+        }
+    }
+
+    fn check_deadlines(&mut self) {
+        let now = Instant::now();
+        let passed: Vec<_> =
+            self.deadlines.iter().filter(|(_, at)| **at <= now).map(|(deadline, _)| *deadline).collect();
+        for deadline in passed {
+            self.deadlines.remove(&deadline);
+            match deadline {
+                Deadline::Boot | Deadline::LastWords => self.fail(boot::post_mortem(&self.machine)),
+                Deadline::Kill => self.end_by_kill(),
+                Deadline::Sync => self.pause_after_sync(),
+                Deadline::Drain => self.outcome = self.init.status().map(Outcome::Ended),
+            }
+        }
+    }
+
+    /// The machine cannot go on.
+    pub(super) fn fail(&mut self, words: String) {
+        self.outcome.get_or_insert(Outcome::Failed(words));
+    }
+
+    /// The container ends as by SIGKILL, whatever the guest does.
+    pub(super) fn end_by_kill(&mut self) {
+        self.outcome.get_or_insert(Outcome::Ended(ExitStatus::Signal(libc::SIGKILL as u8)));
+    }
+
+    /// Writes how far the container has come for commands to read.
+    pub(super) fn set_step(&mut self, step: Step) {
+        self.step = step;
+        // Without it commands see an older step; to end the container for that would be worse.
+        let _ = self.folder.write_json(folder::STEP, &step);
+    }
+
+    /// Tells those who wait how it ended, and leaves what the commands read after this process's end.
+    fn conclude(&mut self, outcome: &Outcome) {
+        self.setup.timeline.mark(Phase::Exit);
+        let _ = self.folder.write_json(folder::TIMELINE, &self.setup.timeline);
+        let words = match outcome {
+            Outcome::Failed(words) => words.as_str(),
+            _ => "container not running",
+        };
+        if matches!(outcome, Outcome::Failed(_)) {
+            let _ = self.folder.write(folder::FAILURE, words.as_bytes());
+        }
+        for pending in std::mem::take(&mut self.pending).into_values() {
+            match pending {
+                // The container has ended: that is what a signal is for.
+                Pending::Signal(client) => self.clients.answer(client, &Answer::Done, &[]),
+                Pending::Simple(client) | Pending::List(client) | Pending::PauseSync(client) => {
+                    self.clients.refuse(client, words);
+                }
+                Pending::Start | Pending::Exec(_) | Pending::Nobody => {}
+            }
+        }
+        if let Some(client) = self.starter.take() {
+            self.clients.refuse(client, words);
+        }
+        for execution in std::mem::take(&mut self.executions).into_values() {
+            if !execution.announced {
+                self.clients.refuse(execution.client, words);
+            }
+        }
+    }
+}

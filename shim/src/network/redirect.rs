@@ -1,0 +1,148 @@
+//! Two devices made one cable: whatever comes in at one goes out at the other (tc-mirred(8)).
+//!
+//! The container's address stays on the engine's device, where the engine looks for it, but the host's stack
+//! never sees a frame: traffic control takes them before.
+
+use std::io;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionGeneric, TcActionMirror, TcActionMirrorOption, TcActionOption,
+    TcActionType, TcAttribute, TcFilterU32, TcFilterU32Option, TcHandle, TcMessage, TcMirror,
+    TcMirrorActionType, TcOption, TcU32Key, TcU32Selector, TcU32SelectorFlags,
+};
+
+use nix::errno::Errno;
+
+use super::NetworkError;
+use super::netlink::Netlink;
+
+/// `ffff:`, the handle that an ingress queueing discipline always has.
+const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
+
+/// The rule's place in the row of its device. Those before it are left free for frames that the host's stack is
+/// to have after all, such as answers to a resolver in the namespace.
+const PRIORITY: u32 = 100;
+
+/// Priority and protocol (all of them): the two halves of `tcm_info`.
+const PRIORITY_AND_PROTOCOL: u32 = (PRIORITY << 16) | (libc::ETH_P_ALL as u16).to_be() as u32;
+
+/// Sends all that comes in at either device out at the other.
+pub fn join(netlink: &mut Netlink, one: u32, other: u32) -> Result<(), NetworkError> {
+    for (from, to) in [(one, other), (other, one)] {
+        // One that a killed container left behind would lead to a device that is gone.
+        part(netlink, from).map_err(refused)?;
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        netlink.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(from)), flags).map_err(refused)?;
+        netlink.change(RouteNetlinkMessage::NewTrafficFilter(filter(from, to)), flags).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// Whether somebody uses the device's incoming traffic: any rule counts, except the remains of a container of ours
+/// that was killed, whose tap is gone.
+pub fn is_taken(netlink: &mut Netlink, device: u32) -> Result<bool, NetworkError> {
+    let mut request = TcMessage::with_index(device as i32);
+    request.header.parent = INGRESS;
+    let filters = match netlink.list(RouteNetlinkMessage::GetTrafficFilter(request)) {
+        // The device has no ingress queueing discipline.
+        Err(NetworkError::Read(cause)) if matches!(cause.errno(), Some(Errno::EINVAL | Errno::ENOENT)) => {
+            return Ok(false);
+        }
+        filters => filters?,
+    };
+    Ok(filters.iter().any(|filter| match filter {
+        RouteNetlinkMessage::NewTrafficFilter(message) => !is_head(message) && !leads_nowhere(message),
+        _ => false,
+    }))
+}
+
+/// The kernel lists, besides the rules, the tables in which they are kept: those have no actions.
+fn is_head(message: &TcMessage) -> bool {
+    !message.attributes.iter().any(|attribute| {
+        matches!(attribute, TcAttribute::Options(options)
+        if options.iter().any(|option| !matches!(option, TcOption::U32(TcFilterU32Option::Divisor(_)))))
+    })
+}
+
+/// A redirection whose target has vanished: the kernel gives its index as 0.
+fn leads_nowhere(message: &TcMessage) -> bool {
+    let targets: Vec<u32> = message.attributes.iter().flat_map(targets).collect();
+    !targets.is_empty() && targets.iter().all(|target| *target == 0)
+}
+
+fn targets(attribute: &TcAttribute) -> Vec<u32> {
+    let TcAttribute::Options(options) = attribute else { return Vec::new() };
+    let actions = options.iter().filter_map(|option| match option {
+        TcOption::U32(TcFilterU32Option::Action(actions)) => Some(actions),
+        _ => None,
+    });
+    let options =
+        actions.flatten().flat_map(|action| &action.attributes).filter_map(|attribute| match attribute {
+            TcActionAttribute::Options(options) => Some(options),
+            _ => None,
+        });
+    options
+        .flatten()
+        .filter_map(|option| match option {
+            TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) => Some(mirror.ifindex),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Undoes [`join`] at one device; one that was never joined is left as it is.
+pub fn part(netlink: &mut Netlink, device: u32) -> io::Result<()> {
+    match netlink.change(RouteNetlinkMessage::DelQueueDiscipline(ingress(device)), 0) {
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn refused(error: io::Error) -> NetworkError {
+    NetworkError::Redirect(error.into())
+}
+
+/// A selector whose one key compares nothing, and so matches each frame.
+fn everything() -> TcU32Selector {
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.keys = vec![TcU32Key::default()];
+    selector.nkeys = 1;
+    selector
+}
+
+fn ingress(device: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(device as i32);
+    message.header.handle = INGRESS;
+    message.header.parent = TcHandle::INGRESS;
+    message.attributes.push(TcAttribute::Kind("ingress".to_owned()));
+    message
+}
+
+fn filter(from: u32, to: u32) -> TcMessage {
+    let mut generic = TcActionGeneric::default();
+    generic.action = TcActionType::Stolen;
+    let mut mirror = TcMirror::default();
+    mirror.generic = generic;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]),
+    ];
+
+    let mut message = TcMessage::with_index(from as i32);
+    message.header.parent = INGRESS;
+    message.header.info = PRIORITY_AND_PROTOCOL;
+    message.attributes = vec![
+        TcAttribute::Kind(TcFilterU32::KIND.to_owned()),
+        TcAttribute::Options(vec![
+            TcOption::U32(TcFilterU32Option::Selector(everything())),
+            TcOption::U32(TcFilterU32Option::Action(vec![action])),
+        ]),
+    ];
+    message
+}
