@@ -1,0 +1,102 @@
+//! Accidents: whatever dies, and whenever, nothing hangs and nothing stays.
+
+use anyhow::{Result, ensure};
+
+use crate::Story;
+use crate::bundle::Bundle;
+use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell, spawn};
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("the_monitor_is_killed", the_monitor_is_killed),
+    ("the_monitor_is_killed_while_it_starts", the_monitor_is_killed_while_it_starts),
+    ("an_exec_stub_is_killed", an_exec_stub_is_killed),
+    ("the_guest_kernel_panics", the_guest_kernel_panics),
+    ("the_engine_is_restarted_under_a_container", the_engine_is_restarted_under_a_container),
+    ("the_client_is_killed", the_client_is_killed),
+    ("ten_containers_come_and_go", ten_containers_come_and_go),
+];
+
+fn monitor_of(id: &str) -> Result<String> {
+    let pid = docker(&["inspect", "-f", "{{.State.Pid}}", id])?.expect_code(0)?.text();
+    ensure!(pid != "0", "the container {id} does not run");
+    Ok(pid)
+}
+
+fn the_monitor_is_killed() -> Result<()> {
+    let id = docker_start(&["busybox", "sleep", "1000"])?;
+    shell(&format!("kill -9 {}", monitor_of(&id)?))?.expect_code(0)?;
+    docker(&["wait", &id])?.expect_text("137")?;
+    docker(&["rm", &id])?.expect_code(0).map(drop)
+}
+
+fn the_monitor_is_killed_while_it_starts() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    // The moments fall into different phases: set-up, boot, start of the workload.
+    for tenths in [0, 1, 3, 6, 10, 15] {
+        let mut run = spawn("rvm", &["run", "--bundle", bundle.path(), "story"])?;
+        shell(&format!("sleep {}.{}; pkill -9 -f '^rvm: story'", tenths / 10, tenths % 10))?;
+        let _ = shell("sleep 0.2; pkill -9 -f '^rvm: story'");
+        let status = run.wait()?;
+        ensure!(!status.success(), "the container seems to have succeeded");
+        rvm(&["delete", "--force", "story"])?.expect_code(0)?;
+    }
+    Ok(())
+}
+
+fn an_exec_stub_is_killed() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
+        .expect_code(0)?;
+    let mut exec = spawn("rvm", &["exec", "story", "sleep", "777"])?;
+    let sleeps =
+        || -> Result<bool> { Ok(rvm(&["exec", "story", "ps", "-o", "args"])?.text().contains("sleep 777")) };
+    eventually("the command runs", sleeps)?;
+    exec.kill()?;
+    exec.wait()?;
+    eventually("the command is gone from the guest", || Ok(!sleeps()?))?;
+    rvm(&["delete", "--force", "story"])?.expect_code(0).map(drop)
+}
+
+fn the_guest_kernel_panics() -> Result<()> {
+    // A privileged container may tell its kernel to panic when memory runs out, and then see to it that it does.
+    let panic = "echo 2 > /proc/sys/vm/panic_on_oom && head -c 200m /dev/zero | tail -n 1; sleep 100";
+    let outcome = docker_run(&["--privileged", "-m", "64m", "busybox", "sh", "-c", panic])?;
+    ensure!(outcome.code != 0, "the container survived its kernel");
+    let bundle = Bundle::new(&["sh", "-c", panic])?.edit(|config| {
+        config["linux"]["maskedPaths"] = serde_json::json!([]);
+        config["linux"]["readonlyPaths"] = serde_json::json!([]);
+        config["linux"]["resources"]["memory"] = serde_json::json!({"limit": 64 << 20});
+    })?;
+    rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_failure(&["kernel", "panic"]).map(drop)
+}
+
+fn the_engine_is_restarted_under_a_container() -> Result<()> {
+    let id = docker_start(&["busybox", "sh", "-c", "sleep 1000"])?;
+    let engine = shell("pgrep -o -x dockerd")?.expect_code(0)?.text();
+    shell(&format!("kill -9 {engine}"))?.expect_code(0)?;
+    // The host's init starts a new one.
+    eventually("another engine runs", || {
+        Ok(!matches!(shell("pgrep -o -x dockerd")?.text(), pid if pid.is_empty() || pid == engine))
+    })?;
+    eventually("the new engine answers", || Ok(docker(&["version"])?.code == 0))?;
+    docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
+}
+
+fn the_client_is_killed() -> Result<()> {
+    let mut run =
+        spawn("docker", &["run", "--rm", "--name", "story", "--runtime=rvm", "busybox", "sleep", "1000"])?;
+    eventually("the container runs", || {
+        Ok(docker(&["inspect", "-f", "{{.State.Running}}", "story"])?.text() == "true")
+    })?;
+    run.kill()?;
+    run.wait()?;
+    docker(&["rm", "-f", "story"])?.expect_code(0).map(drop)
+}
+
+fn ten_containers_come_and_go() -> Result<()> {
+    let bundle = Bundle::new(&["true"])?;
+    for _ in 0..10 {
+        rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_code(0)?;
+    }
+    Ok(())
+}

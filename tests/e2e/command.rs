@@ -1,0 +1,188 @@
+//! Running programs the way a user at a shell does, with words for what went wrong.
+
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// How long any command may take before it counts as hanging. Far above what the slowest host needs.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What a program left: its output and its exit code (128 and the signal's number when a signal ended it).
+#[derive(Debug)]
+pub struct Outcome {
+    pub command: String,
+    pub code: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+}
+
+impl Outcome {
+    /// Standard output as text, without the last newline.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).trim_end_matches(['\n', '\r']).to_owned()
+    }
+
+    /// Standard error as text.
+    pub fn error_text(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+
+    /// Fails unless the program ended with this code.
+    pub fn expect_code(self, code: i32) -> Result<Outcome> {
+        ensure!(
+            self.code == code,
+            "`{}` ended with {} instead of {code}\nstdout: {}\nstderr: {}",
+            self.command,
+            self.code,
+            self.text(),
+            self.error_text()
+        );
+        Ok(self)
+    }
+
+    /// Fails unless the program succeeded with exactly this text.
+    pub fn expect_text(self, text: &str) -> Result<()> {
+        let outcome = self.expect_code(0)?;
+        ensure!(
+            outcome.text() == text,
+            "`{}` printed {:?} instead of {text:?}\nstderr: {}",
+            outcome.command,
+            outcome.text(),
+            outcome.error_text()
+        );
+        Ok(())
+    }
+
+    /// Fails unless the program failed with a message that holds all these words.
+    pub fn expect_failure(self, words: &[&str]) -> Result<Outcome> {
+        ensure!(self.code != 0, "`{}` succeeded but had to fail: {}", self.command, self.text());
+        let message = self.error_text();
+        for word in words {
+            ensure!(message.contains(word), "`{}` failed without saying {word:?}: {message}", self.command);
+        }
+        Ok(self)
+    }
+}
+
+/// Runs a program to its end without input.
+pub fn run(program: &str, arguments: &[&str]) -> Result<Outcome> {
+    run_with_input(program, arguments, &[])
+}
+
+/// Runs a program to its end with this on its standard input.
+pub fn run_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Result<Outcome> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    finish(command, input)
+}
+
+/// Runs a prepared command to its end with this on its standard input.
+pub fn finish(mut command: Command, input: &[u8]) -> Result<Outcome> {
+    let words = format!("{command:?}").replace('"', "");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("`{words}` could not be started"))?;
+    let mut stdin = child.stdin.take().context("the child has a standard input")?;
+    let input = input.to_vec();
+    // A program that ends before it has read everything breaks the pipe, which is its right.
+    let feeder = thread::spawn(move || {
+        let _ = stdin.write_all(&input);
+    });
+    let process = child.id();
+    let watchdog = Watchdog::start(process);
+    let output = child.wait_with_output()?;
+    let hung = watchdog.stop();
+    let _ = feeder.join();
+    ensure!(!hung, "`{words}` did not end within {} s", PATIENCE.as_secs());
+    let code = exit_code(output.status);
+    Ok(Outcome { command: words, code, stdout: output.stdout, stderr: output.stderr })
+}
+
+/// The exit code as a shell tells it.
+pub fn exit_code(status: std::process::ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+/// Kills a program that hangs, so that one failure does not stop all that follow.
+struct Watchdog {
+    done: std::sync::mpsc::Sender<()>,
+    thread: thread::JoinHandle<bool>,
+}
+
+impl Watchdog {
+    fn start(process: u32) -> Watchdog {
+        let (done, wait) = std::sync::mpsc::channel();
+        let thread = thread::spawn(move || {
+            let hung = wait.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            if hung {
+                let pid = nix::unistd::Pid::from_raw(process as i32);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            hung
+        });
+        Watchdog { done, thread }
+    }
+
+    fn stop(self) -> bool {
+        let _ = self.done.send(());
+        self.thread.join().unwrap_or(true)
+    }
+}
+
+/// `docker` with these arguments.
+pub fn docker(arguments: &[&str]) -> Result<Outcome> {
+    run("docker", arguments)
+}
+
+/// `docker run --rm --runtime=rvm` with these arguments.
+pub fn docker_run(arguments: &[&str]) -> Result<Outcome> {
+    docker(&[&["run", "--rm", "--runtime=rvm"], arguments].concat())
+}
+
+/// `rvm` with these arguments.
+pub fn rvm(arguments: &[&str]) -> Result<Outcome> {
+    run("rvm", arguments)
+}
+
+/// A line of shell, on the host.
+pub fn shell(line: &str) -> Result<Outcome> {
+    run("sh", &["-c", line])
+}
+
+/// Starts a container in the background and returns its ID.
+pub fn docker_start(arguments: &[&str]) -> Result<String> {
+    let outcome = docker(&[&["run", "-d", "--runtime=rvm"], arguments].concat())?.expect_code(0)?;
+    Ok(outcome.text())
+}
+
+/// Asks until the answer satisfies, for things that engines do in the background.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(60) {
+        if holds()? {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    bail!("it never came true that {what}")
+}
+
+/// Starts a program in the background with its output kept.
+pub fn spawn(program: &str, arguments: &[&str]) -> Result<Child> {
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("`{program}` could not be started"))
+}
+
+/// Removes whatever containers a story left in the engines, so that the search for leftovers is about rvm.
+pub fn remove_all_containers() {
+    let _ = shell("docker ps -aq | xargs -r docker rm -f -v");
+    let _ = shell("rvm list --quiet | xargs -r -n 1 rvm delete --force");
+}

@@ -1,0 +1,147 @@
+//! The same workload under every engine: rvm alone, podman, and containerd.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use crate::Story;
+use crate::bundle::Bundle;
+use crate::command::{eventually, run, run_with_input, rvm, shell};
+use crate::terminal::Terminal;
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("rvm_run_runs_a_bundle", rvm_run_runs_a_bundle),
+    ("rvm_leads_a_container_through_its_life", rvm_leads_a_container_through_its_life),
+    ("rvm_run_uses_the_terminal_it_has", rvm_run_uses_the_terminal_it_has),
+    ("rvm_do_needs_no_bundle", rvm_do_needs_no_bundle),
+    ("several_vcpus_work", several_vcpus_work),
+    ("podman_runs_it", podman_runs_it),
+    ("containerd_runs_it", containerd_runs_it),
+    ("rvm_check_finds_the_host_fit", rvm_check_finds_the_host_fit),
+    ("rvm_says_what_it_is", rvm_says_what_it_is),
+];
+
+fn rvm_run_runs_a_bundle() -> Result<()> {
+    let bundle = Bundle::new(&["sh", "-c", "uname -r; cat; exit 3"])?;
+    let outcome =
+        run_with_input("rvm", &["run", "--bundle", bundle.path(), "story"], b"given")?.expect_code(3)?;
+    ensure!(outcome.text().starts_with("6.12.") && outcome.text().ends_with("given"), "{outcome:?}");
+    Ok(())
+}
+
+fn rvm_leads_a_container_through_its_life() -> Result<()> {
+    let bundle = Bundle::new(&["sh", "-c", "echo hello; exec sleep 1000"])?;
+    let pid_file = format!("{}/pid", bundle.path());
+    let create =
+        format!("rvm create --bundle {} --pid-file {pid_file} story </dev/null >{0}/out 2>&1", bundle.path());
+    shell(&create)?.expect_code(0)?;
+    ensure!(status()? == "created", "it is {} after create", status()?);
+    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.text())?;
+    let written: u32 = std::fs::read_to_string(&pid_file)?.parse()?;
+    ensure!(state["pid"] == json!(written), "the pid file says {written}, the state {state}");
+    ensure!(state["bundle"] == json!(bundle.path()), "the bundle is {}", state["bundle"]);
+
+    rvm(&["start", "story"])?.expect_code(0)?;
+    ensure!(status()? == "running", "it is {} after start", status()?);
+    rvm(&["start", "story"])?.expect_failure(&["already running"])?;
+    let listed = rvm(&["list"])?.expect_code(0)?.text();
+    ensure!(listed.contains("story") && listed.contains("running"), "{listed}");
+    rvm(&["exec", "story", "echo", "from exec"])?.expect_text("from exec")?;
+    rvm(&["delete", "story"])?.expect_failure(&["story"])?;
+
+    rvm(&["pause", "story"])?.expect_code(0)?;
+    ensure!(status()? == "paused", "it is {} after pause", status()?);
+    rvm(&["resume", "story"])?.expect_code(0)?;
+    rvm(&["ps", "story"])?.expect_code(0)?;
+
+    rvm(&["kill", "story", "KILL"])?.expect_code(0)?;
+    eventually("the container has stopped", || Ok(status()? == "stopped"))?;
+    rvm(&["kill", "story", "TERM"])?.expect_failure(&["container not running"])?;
+    rvm(&["delete", "story"])?.expect_code(0)?;
+    rvm(&["state", "story"])?.expect_failure(&["does not exist"])?;
+    let output = std::fs::read_to_string(format!("{}/out", bundle.path()))?;
+    ensure!(output == "hello\n", "the output was {output:?}");
+    Ok(())
+}
+
+fn status() -> Result<String> {
+    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.expect_code(0)?.text())?;
+    Ok(state["status"].as_str().unwrap_or_default().to_owned())
+}
+
+fn rvm_run_uses_the_terminal_it_has() -> Result<()> {
+    let bundle = Bundle::new(&["sh"])?.edit(|config| config["process"]["terminal"] = json!(true))?;
+    let mut run = Command::new("rvm");
+    run.args(["run", "--bundle", bundle.path(), "story"]);
+    let mut terminal = Terminal::start(&mut run, 33, 101)?;
+    terminal.wait_for("#")?;
+    terminal.type_text("stty size\n")?;
+    terminal.wait_for("33 101")?;
+    terminal.type_text("exit 5\n")?;
+    let code = terminal.finish()?;
+    ensure!(code == 5, "the shell ended with {code}");
+    Ok(())
+}
+
+fn rvm_do_needs_no_bundle() -> Result<()> {
+    let kept = tempfile::Builder::new().prefix("e2e-do").tempdir_in("/root")?;
+    let line = format!(
+        "uname -r; touch {0}/made && test -e {0}/made && echo written; exit 8",
+        kept.path().display()
+    );
+    let outcome = rvm(&["do", "--", "sh", "-c", &line])?.expect_code(8)?;
+    ensure!(outcome.text().starts_with("6.12.") && outcome.text().ends_with("\nwritten"), "{outcome:?}");
+    ensure!(!kept.path().join("made").exists(), "what was written in the microVM is on the host");
+    rvm(&["do", "--", "no-such-program"])?.expect_code(127).map(drop)
+}
+
+fn several_vcpus_work() -> Result<()> {
+    let bundle = Bundle::new(&[
+        "sh",
+        "-c",
+        "nproc; for i in 1 2 3; do (while :; do :; done) & done; sleep 1; echo alive",
+    ])?
+    .edit(|config| config["linux"]["resources"]["cpu"] = json!({"quota": 300_000, "period": 100_000}))?;
+    rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_text("3\nalive")
+}
+
+fn podman_runs_it() -> Result<()> {
+    let podman = |arguments: &[&str]| run("podman", &[&["--runtime", "rvm"], arguments].concat());
+    let outcome = podman(&["run", "--rm", "--network", "none", "busybox", "sh", "-c", "uname -r; exit 3"])?;
+    ensure!(outcome.expect_code(3)?.text().starts_with("6.12."), "podman ran it under another kernel");
+    podman(&["run", "--rm", "--network", "none", "busybox", "no-such-program"])?
+        .expect_failure(&["executable file not found in $PATH"])?;
+    let id = podman(&["run", "-d", "--network", "none", "busybox", "sleep", "1000"])?.expect_code(0)?.text();
+    podman(&["exec", &id, "echo", "in podman"])?.expect_text("in podman")?;
+    podman(&["rm", "-f", "-t", "0", &id])?.expect_code(0).map(drop)
+}
+
+fn containerd_runs_it() -> Result<()> {
+    let image = shell("ctr images ls -q | grep busybox | head -n 1")?.expect_code(0)?.text();
+    ensure!(!image.is_empty(), "containerd has no busybox image");
+    let line = format!(
+        "ctr run --rm --runtime io.containerd.runc.v2 --runc-binary $(command -v rvm) {image} story sh -c 'uname -r; exit 3'"
+    );
+    let outcome = shell(&line)?.expect_code(3)?;
+    ensure!(outcome.text().starts_with("6.12."), "containerd ran it under another kernel: {outcome:?}");
+    Ok(())
+}
+
+fn rvm_check_finds_the_host_fit() -> Result<()> {
+    let report = rvm(&["check"])?.expect_code(0)?.text();
+    for part in ["KVM", "kernel", "cgroup", "network", "space"] {
+        ensure!(report.contains(part), "the report says nothing of {part}: {report}");
+    }
+    Ok(())
+}
+
+fn rvm_says_what_it_is() -> Result<()> {
+    let version = rvm(&["--version"])?.expect_code(0)?.text();
+    ensure!(version.starts_with("rvm version ") && version.contains("spec: 1."), "{version}");
+    let features: Value = serde_json::from_str(&rvm(&["features"])?.expect_code(0)?.text())?;
+    ensure!(features["linux"]["namespaces"].is_array(), "{features}");
+    let help = rvm(&["--help"])?.expect_code(0)?.text();
+    ensure!(help.contains("create") && help.contains("docker"), "{help}");
+    Ok(())
+}

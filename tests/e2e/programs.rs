@@ -1,0 +1,73 @@
+//! Real programs in the debian image: what people run in containers.
+
+use anyhow::{Result, ensure};
+
+use crate::Story;
+use crate::command::{docker, docker_run, docker_start, eventually, shell};
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("python_computes", python_computes),
+    ("dpkg_installs_and_removes", dpkg_installs_and_removes),
+    ("gcc_compiles_and_the_program_runs", gcc_compiles_and_the_program_runs),
+    ("postgresql_keeps_its_data_on_a_volume", postgresql_keeps_its_data_on_a_volume),
+];
+
+fn python_computes() -> Result<()> {
+    let program = "import hashlib, os, threading\n\
+                   results = []\n\
+                   threads = [threading.Thread(target=lambda n=n: results.append(n * n)) for n in range(4)]\n\
+                   [t.start() for t in threads]; [t.join() for t in threads]\n\
+                   open('/tmp/x', 'w').write('y' * 100000)\n\
+                   print(sorted(results), os.stat('/tmp/x').st_size, hashlib.sha256(b'rvm').hexdigest()[:8])";
+    let shown = docker_run(&["debian", "python3", "-c", program])?.expect_code(0)?.text();
+    ensure!(shown.starts_with("[0, 1, 4, 9] 100000 "), "{shown}");
+    Ok(())
+}
+
+fn dpkg_installs_and_removes() -> Result<()> {
+    let line = "mkdir -p /p/DEBIAN /p/usr/bin && cd / && \
+                printf 'Package: story\\nVersion: 1\\nArchitecture: all\\nMaintainer: A <a@b.test>\\nDescription: d\\n' \
+                > /p/DEBIAN/control && printf '#!/bin/sh\\necho installed\\n' > /p/usr/bin/story && \
+                chmod 755 /p/usr/bin/story && dpkg-deb -b /p /story.deb >/dev/null && \
+                dpkg -i /story.deb >/dev/null && story && dpkg -s story | grep -q 'ok installed' && \
+                apt-get -qq check && dpkg -r story >/dev/null && ! command -v story && echo removed";
+    docker_run(&["debian", "sh", "-c", line])?.expect_text("installed\nremoved")
+}
+
+fn gcc_compiles_and_the_program_runs() -> Result<()> {
+    let line = "printf '#include <stdio.h>\\nint main(void) { puts(\"compiled\"); return 0; }\\n' > /x.c && \
+                gcc -O1 -o /x /x.c && /x";
+    docker_run(&["debian", "sh", "-c", line])?.expect_text("compiled")
+}
+
+fn postgresql_keeps_its_data_on_a_volume() -> Result<()> {
+    shell("docker volume create story-data")?.expect_code(0)?;
+    let outcome = database_lives_twice();
+    eventually("the volume is free", || Ok(docker(&["volume", "rm", "-f", "story-data"])?.code == 0))?;
+    outcome
+}
+
+fn database_lives_twice() -> Result<()> {
+    let prepare = "chown postgres /data && cd / && pg=$(ls -d /usr/lib/postgresql/*/bin) && \
+                   { test -s /data/PG_VERSION || setpriv --reuid postgres --regid postgres --clear-groups \
+                   $pg/initdb -D /data -A trust >/dev/null; } && mkdir -p /run/postgresql && \
+                   chown postgres /run/postgresql && exec setpriv --reuid postgres --regid postgres --clear-groups \
+                   $pg/postgres -D /data";
+    let start = || docker_start(&["-v", "story-data:/data", "debian", "sh", "-c", prepare]);
+    let ask = |id: &str, statement: &str| {
+        docker(&["exec", id, "psql", "-U", "postgres", "-h", "/run/postgresql", "-Atc", statement])
+    };
+
+    let first = start()?;
+    eventually("the database answers", || Ok(ask(&first, "select 1")?.text() == "1"))?;
+    ask(&first, "create table t (n int)")?.expect_code(0)?;
+    ask(&first, "insert into t select generate_series(1, 1000)")?.expect_code(0)?;
+    docker(&["stop", "-t", "60", &first])?.expect_code(0)?;
+    docker(&["wait", &first])?.expect_text("0")?;
+    docker(&["rm", &first])?.expect_code(0)?;
+
+    let second = start()?;
+    eventually("the database answers again", || Ok(ask(&second, "select 1")?.text() == "1"))?;
+    ask(&second, "select count(*), sum(n) from t")?.expect_text("1000|500500")?;
+    docker(&["rm", "-f", &second])?.expect_code(0).map(drop)
+}

@@ -1,0 +1,205 @@
+//! The QEMU command line of the test host, and which processor to run it on.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What executes the test host's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The machine's KVM, with nested virtualisation.
+    Kvm,
+    /// QEMU's software processor, an AMD one with SVM and nested paging.
+    Software,
+}
+
+impl Accelerator {
+    /// The fastest one that gives the test host a working `/dev/kvm`.
+    pub fn detect() -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        let nested =
+            ["amd", "intel"].map(|vendor| read(&format!("/sys/module/kvm_{vendor}/parameters/nested")));
+        Self::choose(&read("/proc/cpuinfo"), usable, &nested)
+    }
+
+    /// A processor without SVM or VMX may still have a `/dev/kvm` (kvm_pvm, or one that traps and emulates):
+    /// no stock kernel runs under that one, so it counts as none.
+    fn choose(cpuinfo: &str, usable: bool, nested: &[String]) -> Self {
+        let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+        let hardware = flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx");
+        let nested = nested.iter().any(|value| matches!(value.trim(), "1" | "Y"));
+        if hardware && usable && nested { Self::Kvm } else { Self::Software }
+    }
+
+    fn arguments(self) -> Vec<String> {
+        let words: &[&str] = match self {
+            Self::Kvm => &["-accel", "kvm", "-cpu", "host", "-smp", "2"],
+            // More than one CPU or thread is not reliable here: QEMU's multi-threaded translator loses races with
+            // the host kernel's patching of its own code (`Oops: int3`), and guests with two CPUs on one thread hang.
+            Self::Software => &["-accel", "tcg,thread=single,tb-size=1024", "-cpu", "EPYC", "-smp", "1"],
+        };
+        words.iter().map(|word| word.to_string()).collect()
+    }
+}
+
+/// All that decides how the test host's machine is started.
+pub struct Machine<'a> {
+    /// What executes its instructions.
+    pub accelerator: Accelerator,
+    /// The system's disk, kernel and initramfs; the disk forgets all writes at the end.
+    pub system: &'a Path,
+    /// The disk with the engines' state.
+    pub store: Store<'a>,
+    /// Directory of the archives of container images, the 9p share `images`.
+    pub archives: &'a Path,
+    /// Where the sockets, the console's log and the pid file of this boot go.
+    pub run: &'a Path,
+    /// Directory of the build machine that can be mounted, read-only, as the 9p share `cache`.
+    pub share: &'a Path,
+    /// The port of 127.0.0.1 that leads to the test host's ssh.
+    pub ssh_port: u16,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+/// A disk with the engines' state.
+#[derive(Clone, Copy)]
+pub struct Store<'a> {
+    /// The image file.
+    pub file: &'a Path,
+    /// Whether writes change the file; otherwise they last as long as the boot.
+    pub persistent: bool,
+}
+
+impl Machine<'_> {
+    /// The control socket (QMP).
+    pub fn control_socket(run: &Path) -> PathBuf {
+        run.join("qmp.sock")
+    }
+
+    /// The file with QEMU's process id, which it removes when it ends in good order.
+    pub fn pid_file(run: &Path) -> PathBuf {
+        run.join("pid")
+    }
+
+    /// Everything the test host's kernel and init have printed.
+    pub fn console_log(run: &Path) -> PathBuf {
+        run.join("console.log")
+    }
+
+    /// The command that starts the machine in the background and returns once its devices exist.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(self.arguments());
+        // Discarded writes go to an unlinked file in TMPDIR. They may be large; /tmp may be memory.
+        command.env("TMPDIR", self.system.parent().unwrap_or(self.system));
+        command
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let file = |name: &str| self.system.join(name).display().to_string();
+        let mut arguments = self.accelerator.arguments();
+        let mut option = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
+        option("name", "rvm-test-host".into());
+        option("machine", "q35".into());
+        option("m", self.memory_mib.to_string());
+        option("kernel", file("vmlinuz"));
+        option("initrd", file("initramfs"));
+        option("append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog".into());
+        option("drive", drive(&self.system.join("root.img"), false));
+        option("drive", drive(self.store.file, self.store.persistent));
+        option("netdev", format!("user,id=net,hostfwd=tcp:127.0.0.1:{}-:22", self.ssh_port));
+        option("device", "virtio-net-pci,netdev=net,romfile=".into());
+        option("device", "virtio-rng-pci".into());
+        option("virtfs", share("cache", self.share));
+        option("virtfs", share("images", self.archives));
+        option("serial", format!("file:{}", Self::console_log(self.run).display()));
+        option("qmp", format!("unix:{},server=on,wait=off", escape(&Self::control_socket(self.run))));
+        option("pidfile", Self::pid_file(self.run).display().to_string());
+        option("display", "none".into());
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot", "-daemonize"] {
+            arguments.push(flag.into());
+        }
+        arguments
+    }
+}
+
+/// A virtio disk. An image that is lost can be made again, so nothing ever waits for the build machine's disk.
+fn drive(file: &Path, persistent: bool) -> String {
+    let snapshot = if persistent { "off" } else { "on" };
+    format!("if=virtio,format=raw,cache=unsafe,snapshot={snapshot},file={}", escape(file))
+}
+
+fn share(tag: &str, directory: &Path) -> String {
+    let directory = escape(directory);
+    format!("local,mount_tag={tag},security_model=none,readonly=on,multidevs=remap,path={directory}")
+}
+
+/// In QEMU's option lists a comma in a value is written twice.
+fn escape(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(flags: &str, usable: bool, nested: &str) -> Accelerator {
+        Accelerator::choose(
+            &format!("processor : 0\nflags : fpu {flags} sse\n"),
+            usable,
+            &[nested.to_owned()],
+        )
+    }
+
+    #[test]
+    fn kvm_needs_a_processor_with_nested_virtualisation_and_a_device_that_opens() {
+        assert_eq!(choose("svm", true, "1\n"), Accelerator::Kvm);
+        assert_eq!(choose("vmx", true, "Y\n"), Accelerator::Kvm);
+        assert_eq!(choose("vmx", true, "N\n"), Accelerator::Software);
+        assert_eq!(choose("vmx", false, "Y\n"), Accelerator::Software);
+        assert_eq!(choose("", true, "1\n"), Accelerator::Software, "kvm_pvm");
+        assert_eq!(choose("vmx_not svmx", true, "1\n"), Accelerator::Software);
+    }
+
+    fn machine(persistent: bool) -> Vec<String> {
+        Machine {
+            accelerator: Accelerator::Software,
+            system: Path::new("/cache/a,b"),
+            store: Store { file: Path::new("/cache/store.img"), persistent },
+            archives: Path::new("/cache/images"),
+            run: Path::new("/run/host"),
+            share: Path::new("/cache"),
+            ssh_port: 2222,
+            memory_mib: 4096,
+        }
+        .arguments()
+    }
+
+    fn disks(words: Vec<String>) -> Vec<String> {
+        words.into_iter().filter(|word| word.starts_with("if=virtio")).collect()
+    }
+
+    #[test]
+    fn the_software_processor_is_single() {
+        let line = machine(false).join(" ");
+        assert!(line.contains("thread=single") && line.contains("-smp 1"), "{line}");
+    }
+
+    #[test]
+    fn the_way_in_is_reachable_from_this_machine_only() {
+        assert!(machine(false).iter().any(|word| word.contains("hostfwd=tcp:127.0.0.1:2222-:22")));
+    }
+
+    #[test]
+    fn only_a_persistent_store_is_written_to() {
+        let kept = disks(machine(true));
+        assert!(
+            kept[0].contains("snapshot=on") && kept[0].ends_with("file=/cache/a,,b/root.img"),
+            "{kept:?}"
+        );
+        assert!(kept[1].contains("snapshot=off") && kept[1].ends_with("file=/cache/store.img"), "{kept:?}");
+        assert!(disks(machine(false))[1].contains("snapshot=on"));
+    }
+}

@@ -1,0 +1,164 @@
+//! The artefacts: rvm as it would be installed, in one directory outside the work tree.
+//!
+//! `bin/rvm`, `lib/rvm/rvm-agent` and `lib/rvm/vmlinux`. The programs are static, because the agent is alone in its
+//! initramfs and because `rvm` must run on hosts older than the machine that built it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::support::cache;
+use rvm_tests::support::packages;
+
+use crate::kernel;
+
+/// What the programs link against. libseccomp comes as a static library in its development package.
+const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
+
+/// Naming the target keeps `RUSTFLAGS` away from build scripts and procedural macros, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+///
+/// Random bytes come from the system call: the monitor's root is the container's, and has no device to read them from.
+const RUSTFLAGS: &str = "-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\"";
+const LIBSECCOMP: &[(&str, &str)] =
+    &[("LIBSECCOMP_LINK_TYPE", "static"), ("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu")];
+
+/// A program of the workspace, and where it goes.
+struct Program {
+    package: &'static str,
+    binary: &'static str,
+    installed: &'static str,
+}
+
+/// What users install.
+const PRODUCT: &[Program] = &[
+    Program { package: "rvm", binary: "rvm", installed: "bin/rvm" },
+    Program { package: "rvm-agent", binary: "rvm-agent", installed: "lib/rvm/rvm-agent" },
+];
+
+/// The guest's kernel among the installed files.
+const KERNEL: &str = "lib/rvm/vmlinux";
+
+/// The end-to-end suites.
+const SUITES: Program = Program { package: "rvm-tests", binary: "rvm-e2e", installed: "bin/rvm-e2e" };
+
+/// Builds kernel and programs as far as they are not up to date; returns the directory that holds them.
+pub fn artefacts() -> Result<PathBuf> {
+    let root = cache::artefacts_dir();
+    install(&kernel::vmlinux()?, &root.join(KERNEL), 0o644)?;
+    programs(PRODUCT)?;
+    Ok(root)
+}
+
+/// As [`artefacts`], with the end-to-end suites.
+pub fn with_suites() -> Result<PathBuf> {
+    let root = artefacts()?;
+    programs(&[SUITES])?;
+    Ok(root)
+}
+
+/// Builds everything and installs it below `prefix`, such as `/usr/local`.
+pub fn install_below(prefix: &Path) -> Result<()> {
+    let artefacts = artefacts()?;
+    install(&artefacts.join(KERNEL), &prefix.join(KERNEL), 0o644)?;
+    for program in PRODUCT {
+        install(&artefacts.join(program.installed), &prefix.join(program.installed), 0o755)?;
+    }
+    Ok(())
+}
+
+/// The directory of the artefacts, as the last build left it.
+pub fn directory() -> Result<PathBuf> {
+    let root = cache::artefacts_dir();
+    fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
+    Ok(root)
+}
+
+/// Builds `programs` in release and installs them among the artefacts.
+fn programs(programs: &[Program]) -> Result<()> {
+    packages::ensure(PACKAGES)?;
+    let mut command = cargo();
+    command.args(["build", "--release", "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
+    command.envs(LIBSECCOMP.iter().copied());
+    for program in programs {
+        command.args(["--package", program.package, "--bin", program.binary]);
+    }
+    checked(&mut command, "the build")?;
+    let built = target_directory()?.join(TARGET).join("release");
+    for program in programs {
+        install(&built.join(program.binary), &cache::artefacts_dir().join(program.installed), 0o755)?;
+    }
+    Ok(())
+}
+
+/// The cargo that runs this program, at the root of the workspace.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+    command.current_dir(workspace());
+    command
+}
+
+/// Runs `command` with its output on the terminal.
+pub fn checked(command: &mut Command, what: &str) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {what}"))?;
+    ensure!(status.success(), "{what} failed: {status}");
+    Ok(())
+}
+
+fn workspace() -> &'static Path {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().unwrap_or(own)
+}
+
+/// Where cargo puts what it builds, whatever the user's configuration says.
+fn target_directory() -> Result<PathBuf> {
+    let output = cargo().args(["metadata", "--format-version=1", "--no-deps", "--offline"]).output()?;
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("cargo metadata printed no JSON")?;
+    let directory =
+        metadata["target_directory"].as_str().context("cargo metadata names no target directory")?;
+    Ok(PathBuf::from(directory))
+}
+
+/// Puts a copy of `from` at `to` in one step, or leaves `to` alone (and its time stamp) when it is the same already.
+fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if fs::read(to).is_ok_and(|present| present == content) {
+        return Ok(());
+    }
+    let directory = to.parent().unwrap_or(to);
+    fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    std::io::Write::write_all(&mut file, &content)?;
+    file.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
+    file.persist(to).with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn installing_the_same_again_touches_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("from"), directory.path().join("lib/to"));
+        fs::write(&from, "one").unwrap();
+        install(&from, &to, 0o755).unwrap();
+        let first = fs::metadata(&to).unwrap();
+        assert_eq!(first.permissions().mode() & 0o777, 0o755);
+        install(&from, &to, 0o755).unwrap();
+        assert_eq!(fs::metadata(&to).unwrap().modified().unwrap(), first.modified().unwrap());
+        fs::write(&from, "two").unwrap();
+        install(&from, &to, 0o755).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), b"two");
+    }
+
+    #[test]
+    fn the_workspace_is_where_the_lock_file_is() {
+        assert!(workspace().join("Cargo.lock").is_file());
+    }
+}

@@ -1,0 +1,98 @@
+//! `cargo xtask demo`: from a fresh machine to a container in a microVM, and what is special about it.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::{build, kvm, minihost, rootfs};
+
+const SCRIPT: &str = include_str!("demo/script");
+
+/// The demo itself takes seconds; this ends one that hangs.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Prepares what is missing, and shows a container.
+pub fn run() -> Result<ExitCode> {
+    let artefacts = build::artefacts()?;
+    let rootfs = rootfs::busybox()?;
+    if kvm::is_usable() && nix::unistd::geteuid().is_root() {
+        return on_this_machine(&artefacts, &rootfs);
+    }
+    let reason = if kvm::is_usable() { "rvm needs root" } else { "this machine has no usable KVM" };
+    eprintln!("Booting a small host in software, because {reason}: expect times 30 times those of hardware.");
+    in_software(&artefacts, &rootfs)
+}
+
+fn on_this_machine(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(artefacts.join("bin")).chain(std::env::split_paths(&path));
+    let mut command = Command::new("sh");
+    command.args(["-c", SCRIPT, "demo"]).arg(rootfs);
+    command.env("PATH", std::env::join_paths(path)?).env_remove("RVM").envs(colours());
+    let status = command.status().context("cannot start a shell")?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn in_software(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
+    let mut words = vec!["env".to_owned()];
+    words.extend(colours().map(|(name, value)| format!("{name}={value}")));
+    words.extend(["sh", "-c", SCRIPT, "demo"].map(String::from));
+    words.push(minihost::added(rootfs)?);
+    let status = minihost::run(&minihost::Job {
+        command: &words,
+        add: &[rootfs.to_path_buf()],
+        artefacts,
+        memory_mib: 2048,
+        show_console: false,
+        timeout: TIMEOUT,
+    })?;
+    Ok(ExitCode::from(status))
+}
+
+/// Escape sequences, where there is a terminal to understand them.
+fn colours() -> [(&'static str, &'static str); 3] {
+    let values = if std::io::stdout().is_terminal() { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
+    [("BOLD", values[0]), ("DIM", values[1]), ("PLAIN", values[2])]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// Runs the demo's script over a pretended `rvm`, which is a shell script.
+    fn demo(rvm: &str) -> (bool, String, String) {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("rvm");
+        fs::write(&program, rvm).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", SCRIPT, "demo", "/rootfs"]).env("RVM", format!("sh {}", program.display()));
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.success(), text(&output.stdout), text(&output.stderr))
+    }
+
+    #[test]
+    fn the_demo_shows_output_kernels_and_timeline() {
+        let (success, output, errors) = demo(
+            r#"case "$*" in *true) exit 0;; esac
+            echo hello; echo kernel=9.9; echo memory=123; echo "agent up 12 ms" >&2; exit 42"#,
+        );
+        assert!(success, "{errors}");
+        for part in ["hello\n", "container   9.9 ", "123 MiB", "agent up 12 ms"] {
+            assert!(output.contains(part), "no `{part}` in:\n{output}");
+        }
+        assert!(!output.contains("kernel=9.9"));
+    }
+
+    #[test]
+    fn a_container_that_fails_fails_the_demo() {
+        let (success, _, errors) = demo("echo 'error: no kernel' >&2; exit 1");
+        assert!(!success && errors.contains("no kernel"), "{errors}");
+        let (success, _, errors) = demo(r#"case "$*" in *true) exit 0;; esac; echo late >&2; exit 3"#);
+        assert!(!success && errors.contains("late"), "{errors}");
+    }
+}

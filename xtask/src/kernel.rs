@@ -1,0 +1,107 @@
+//! The guest kernel: pinned source, the project's configuration, one uncompressed ELF image.
+//!
+//! The result is cached by a hash of everything that went in (pins, configuration, recipe), so it is built once a machine and
+//! once a change.
+
+mod config;
+mod source;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::support::cache::{self, Key};
+use rvm_tests::support::progress::Progress;
+use rvm_tests::support::{packages, process};
+
+const CONFIG: &str = include_str!("../../kernels/guest-x86_64.config");
+const PINS: &str = include_str!("../../kernels/source.pins");
+
+/// What the build needs from Debian.
+const PACKAGES: &[&str] =
+    &["bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "perl", "xz-utils"];
+
+/// Given to every `make`. Date, user and host are compiled into the kernel: fixed, so that equal input gives equal output.
+const MAKE_VARIABLES: &[&str] = &[
+    "ARCH=x86_64",
+    "KBUILD_BUILD_TIMESTAMP=Thu Jan  1 00:00:00 UTC 2026",
+    "KBUILD_BUILD_USER=rvm",
+    "KBUILD_BUILD_HOST=rvm",
+];
+
+/// `vmlinux` keeps its notes (the PVH entry point is one), and loses its symbols: System.map lies beside it.
+const STRIP: &[&str] = &["--strip-all"];
+
+/// Changes here when the steps below change in a way that the constants above do not show.
+const RECIPE: &str = "1";
+
+/// The lines that `make` prints for one build: the length of the progress bar, no more.
+const MAKE_LINES: u64 = 1840;
+
+/// The guest kernel image, built when it is not cached.
+pub fn vmlinux() -> Result<PathBuf> {
+    let entry = cache::cache_dir().join("kernel").join(key().hex());
+    Ok(cache::build_once(&entry, build)?.join("vmlinux"))
+}
+
+fn key() -> Key {
+    Key::new()
+        .with("pins", PINS)
+        .with("config", CONFIG)
+        .with("make", MAKE_VARIABLES.join("\n"))
+        .with("strip", STRIP.join("\n"))
+        .with("recipe", RECIPE)
+}
+
+/// Builds in `entry`, and leaves there the kernel, its symbols, its configuration and the log.
+fn build(entry: &Path) -> Result<()> {
+    packages::ensure(PACKAGES)?;
+    let work = entry.join("work");
+    fs::create_dir(&work)?;
+    let tree = source::unpack(&source::parse_pins(PINS)?, &work)?;
+    configure(&tree)?;
+    compile(&tree, &entry.join("build.log"))?;
+    strip(&tree.join("vmlinux"), &entry.join("vmlinux"))?;
+    fs::copy(tree.join("System.map"), entry.join("System.map"))?;
+    fs::copy(tree.join(".config"), entry.join("config"))?;
+    cache::remove(&work)
+}
+
+fn make(tree: &Path) -> Command {
+    let mut command = Command::new("make");
+    // Variables of the caller's own builds must not leak in.
+    command.env_remove("MAKEFLAGS").env_remove("CFLAGS").env("LC_ALL", "C");
+    command.arg("-C").arg(tree).args(MAKE_VARIABLES);
+    command
+}
+
+fn configure(tree: &Path) -> Result<()> {
+    let fragment = tree.join("rvm.config");
+    fs::write(&fragment, CONFIG)?;
+    process::run(make(tree).arg(format!("KCONFIG_ALLCONFIG={}", fragment.display())).arg("allnoconfig"))?;
+    let resolved =
+        fs::read_to_string(tree.join(".config")).context("the kernel's configuration was not written")?;
+    let dropped = config::dropped(CONFIG, &resolved);
+    ensure!(
+        dropped.is_empty(),
+        "this kernel does not take these lines of the configuration (a dependency is off, or the name is unknown):\n{}",
+        dropped.join("\n")
+    );
+    Ok(())
+}
+
+fn compile(tree: &Path, log: &Path) -> Result<()> {
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut progress = Progress::bar("Building the guest kernel", MAKE_LINES);
+    process::run_logged(make(tree).arg(format!("-j{jobs}")).arg("vmlinux"), log, |line| {
+        progress.step();
+        progress.note(line);
+    })?;
+    progress.finish();
+    Ok(())
+}
+
+fn strip(from: &Path, to: &Path) -> Result<()> {
+    process::run(Command::new("strip").args(STRIP).arg("-o").arg(to).arg(from))
+}
