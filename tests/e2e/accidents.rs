@@ -4,12 +4,14 @@ use anyhow::{Result, ensure};
 
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell, spawn};
+use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell, spawn, wait_for};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("the_monitor_is_killed", the_monitor_is_killed),
     ("the_monitor_is_killed_while_it_starts", the_monitor_is_killed_while_it_starts),
+    ("the_monitor_is_killed_under_an_engine", the_monitor_is_killed_under_an_engine),
     ("an_exec_stub_is_killed", an_exec_stub_is_killed),
+    ("an_engines_exec_stub_is_killed", an_engines_exec_stub_is_killed),
     ("the_guest_kernel_panics", the_guest_kernel_panics),
     ("the_engine_is_restarted_under_a_container", the_engine_is_restarted_under_a_container),
     ("the_client_is_killed", the_client_is_killed),
@@ -36,9 +38,21 @@ fn the_monitor_is_killed_while_it_starts() -> Result<()> {
         let mut run = spawn("rvm", &["run", "--bundle", bundle.path(), "story"])?;
         shell(&format!("sleep {}.{}; pkill -9 -f '^rvm: story'", tenths / 10, tenths % 10))?;
         let _ = shell("sleep 0.2; pkill -9 -f '^rvm: story'");
-        let status = run.wait()?;
+        let status = wait_for(&mut run, "rvm run")?;
         ensure!(!status.success(), "the container seems to have succeeded");
         rvm(&["delete", "--force", "story"])?.expect_code(0)?;
+    }
+    Ok(())
+}
+
+fn the_monitor_is_killed_under_an_engine() -> Result<()> {
+    for tenths in [5, 12, 20, 30] {
+        let mut run = spawn("docker", &["run", "--rm", "--runtime=rvm", "busybox", "sleep", "1000"])?;
+        eventually("a monitor runs", || Ok(shell("pgrep -f '^rvm: '")?.code == 0))?;
+        shell(&format!("sleep {}.{}; pkill -9 -f '^rvm: '", tenths / 10, tenths % 10))?;
+        let status = wait_for(&mut run, "docker run")?;
+        ensure!(!status.success(), "the container seems to have succeeded");
+        eventually("Docker knows no container", || Ok(docker(&["ps", "-aq"])?.text().is_empty()))?;
     }
     Ok(())
 }
@@ -48,13 +62,31 @@ fn an_exec_stub_is_killed() -> Result<()> {
     shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
         .expect_code(0)?;
     let mut exec = spawn("rvm", &["exec", "story", "sleep", "777"])?;
-    let sleeps =
-        || -> Result<bool> { Ok(rvm(&["exec", "story", "ps", "-o", "args"])?.text().contains("sleep 777")) };
+    let sleeps = || -> Result<bool> {
+        Ok(rvm(&["exec", "story", "ps", "-o", "args"])?.expect_code(0)?.text().contains("sleep 777"))
+    };
     eventually("the command runs", sleeps)?;
     exec.kill()?;
-    exec.wait()?;
+    wait_for(&mut exec, "rvm exec")?;
     eventually("the command is gone from the guest", || Ok(!sleeps()?))?;
+    rvm(&["exec", "story", "echo", "alive"])?.expect_text("alive")?;
     rvm(&["delete", "--force", "story"])?.expect_code(0).map(drop)
+}
+
+fn an_engines_exec_stub_is_killed() -> Result<()> {
+    let id = docker_start(&["busybox", "sleep", "1000"])?;
+    for tenths in [0, 2, 5, 10] {
+        let mut exec = spawn("docker", &["exec", &id, "sleep", "777"])?;
+        eventually("a stub runs", || Ok(shell("pgrep -f '^rvm: .* exec'")?.code == 0))?;
+        shell(&format!("sleep {}.{}; pkill -9 -f '^rvm: .* exec'", tenths / 10, tenths % 10))?;
+        let status = wait_for(&mut exec, "docker exec")?;
+        ensure!(!status.success(), "the command seems to have succeeded");
+        eventually("the command is gone from the guest", || {
+            let seen = docker(&["exec", &id, "ps", "-o", "args"])?.expect_code(0)?.text();
+            Ok(!seen.contains("sleep 777"))
+        })?;
+    }
+    docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
 }
 
 fn the_guest_kernel_panics() -> Result<()> {
@@ -71,7 +103,9 @@ fn the_guest_kernel_panics() -> Result<()> {
 }
 
 fn the_engine_is_restarted_under_a_container() -> Result<()> {
-    let id = docker_start(&["busybox", "sh", "-c", "sleep 1000"])?;
+    let script = "trap 'echo bye; exit 7' TERM; i=0; while :; do i=$((i+1)); echo $i; sleep 0.2; done";
+    let id = docker_start(&["busybox", "sh", "-c", script])?;
+    let monitor = monitor_of(&id)?;
     let engine = shell("pgrep -o -x dockerd")?.expect_code(0)?.text();
     shell(&format!("kill -9 {engine}"))?.expect_code(0)?;
     // The host's init starts a new one.
@@ -79,7 +113,14 @@ fn the_engine_is_restarted_under_a_container() -> Result<()> {
         Ok(!matches!(shell("pgrep -o -x dockerd")?.text(), pid if pid.is_empty() || pid == engine))
     })?;
     eventually("the new engine answers", || Ok(docker(&["version"])?.code == 0))?;
-    docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
+    ensure!(monitor_of(&id)? == monitor, "the container was started anew");
+    docker(&["exec", &id, "echo", "alive"])?.expect_text("alive")?;
+    let lines = || -> Result<usize> { Ok(docker(&["logs", &id])?.expect_code(0)?.text().lines().count()) };
+    let before = lines()?;
+    eventually("the log goes on", || Ok(lines()? > before))?;
+    docker(&["stop", "-t", "60", &id])?.expect_code(0)?;
+    docker(&["wait", &id])?.expect_text("7")?;
+    docker(&["rm", &id])?.expect_code(0).map(drop)
 }
 
 fn the_client_is_killed() -> Result<()> {
@@ -89,7 +130,7 @@ fn the_client_is_killed() -> Result<()> {
         Ok(docker(&["inspect", "-f", "{{.State.Running}}", "story"])?.text() == "true")
     })?;
     run.kill()?;
-    run.wait()?;
+    wait_for(&mut run, "docker run")?;
     docker(&["rm", "-f", "story"])?.expect_code(0).map(drop)
 }
 

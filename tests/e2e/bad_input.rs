@@ -21,6 +21,8 @@ pub const STORIES: &[(&str, Story)] = &[
     ("no_kernel_image", no_kernel_image),
     ("a_kernel_image_that_is_none", a_kernel_image_that_is_none),
     ("no_kvm_device", no_kvm_device),
+    ("a_device_that_is_not_kvm", a_device_that_is_not_kvm),
+    ("a_kvm_that_emulates_the_kernel_mode", a_kvm_that_emulates_the_kernel_mode),
     ("no_space_for_the_state", no_space_for_the_state),
     ("an_id_that_exists", an_id_that_exists),
     ("an_id_that_is_a_path", an_id_that_is_a_path),
@@ -104,25 +106,49 @@ fn a_kernel_image_that_is_none() -> Result<()> {
     one_line(rvm(&["--kernel", "/etc/passwd", "run", "--bundle", bundle.path(), "story"])?, &["/etc/passwd"])
 }
 
-fn no_kvm_device() -> Result<()> {
+/// Runs a bundle and `rvm check` where `change`, a line of shell, has changed the mounts. Both must complain.
+fn both_complain(change: &str, words: &[&str]) -> Result<()> {
     let bundle = Bundle::new(&["true"])?;
-    let hidden = format!(
-        "unshare -m sh -c 'mount --bind /dev/null /dev/kvm && rvm run --bundle {0} story; code=$?; \
-         umount /dev/kvm; exit $code'",
-        bundle.path()
-    );
-    one_line(shell(&hidden)?, &["/dev/kvm"])?;
-    shell("unshare -m sh -c 'mount --bind /dev/null /dev/kvm; rvm check'")?.expect_code(1).map(drop)
+    let changed = |command: &str| shell(&format!("unshare -m sh -c '{change} && {command}'"));
+    one_line(changed(&format!("rvm run --bundle {} story", bundle.path()))?, words)?;
+    let report = changed("rvm check")?.expect_code(1)?.text();
+    for word in words {
+        ensure!(report.contains(word), "the report does not say {word:?}: {report}");
+    }
+    Ok(())
+}
+
+fn no_kvm_device() -> Result<()> {
+    let without = "mount -t tmpfs dev /mnt && \
+                   cp -a /dev/null /dev/zero /dev/random /dev/urandom /dev/tty /dev/ptmx /dev/net /mnt && \
+                   mount --move /mnt /dev";
+    both_complain(without, &["/dev/kvm", "does not exist"])
+}
+
+fn a_device_that_is_not_kvm() -> Result<()> {
+    both_complain("mount --bind /dev/null /dev/kvm", &["/dev/kvm"])
+}
+
+fn a_kvm_that_emulates_the_kernel_mode() -> Result<()> {
+    // Such a host is known by a processor that has neither SVM nor VMX.
+    let folder = tempfile::Builder::new().prefix("e2e-cpuinfo").tempdir()?;
+    let path = folder.path().join("cpuinfo");
+    let processor = fs::read_to_string("/proc/cpuinfo")?.replace(" svm ", " ").replace(" vmx ", " ");
+    fs::write(&path, processor)?;
+    both_complain(&format!("mount --bind {} /proc/cpuinfo", path.display()), &["kvm_pvm"])
 }
 
 fn no_space_for_the_state() -> Result<()> {
     let bundle = Bundle::new(&["true"])?;
     let full = format!(
         "unshare -m sh -c 'mkdir -p /mnt && mount -t tmpfs -o size=8k none /mnt && \
-         (head -c 100k /dev/zero > /mnt/filler) 2>/dev/null; rvm --root /mnt run --bundle {} story'",
+         (head -c 100k /dev/zero > /mnt/filler) 2>/dev/null; rvm --root /mnt run --bundle {} story; \
+         code=$?; ls -A /mnt; exit $code'",
         bundle.path()
     );
-    one_line(shell(&full)?, &["/mnt", "space"])
+    let outcome = shell(&full)?;
+    ensure!(outcome.text() == "filler", "left in the state folder: {}", outcome.text());
+    one_line(outcome, &["/mnt", "no space left on device"])
 }
 
 fn an_id_that_exists() -> Result<()> {

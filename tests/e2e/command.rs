@@ -1,13 +1,14 @@
 //! Running programs the way a user at a shell does, with words for what went wrong.
 
 use std::io::Write;
-use std::process::{Child, Command, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// How long any command may take before it counts as hanging. Far above what the slowest host needs.
+/// How long any command may take before it counts as hanging, and any change before it counts as failed. Far above what the slowest host needs.
 const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What a program left: its output and its exit code (128 and the signal's number when a signal ended it).
@@ -81,54 +82,80 @@ pub fn run_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Result
 
 /// Runs a prepared command to its end with this on its standard input.
 pub fn finish(mut command: Command, input: &[u8]) -> Result<Outcome> {
-    let words = format!("{command:?}").replace('"', "");
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("`{words}` could not be started"))?;
-    let mut stdin = child.stdin.take().context("the child has a standard input")?;
+    command.stdin(Stdio::piped());
     let input = input.to_vec();
-    // A program that ends before it has read everything breaks the pipe, which is its right.
-    let feeder = thread::spawn(move || {
-        let _ = stdin.write_all(&input);
-    });
-    let process = child.id();
-    let watchdog = Watchdog::start(process);
+    complete(command, |child| {
+        let mut stdin = child.stdin.take().context("the child has a standard input")?;
+        // A program that ends before it has read everything breaks the pipe, which is its right.
+        thread::spawn(move || {
+            let _ = stdin.write_all(&input);
+        });
+        Ok(())
+    })
+}
+
+/// Runs a prepared command, whose standard input is set, to its end.
+pub fn finish_as_it_is(command: Command) -> Result<Outcome> {
+    complete(command, |_| Ok(()))
+}
+
+fn complete(mut command: Command, feed: impl FnOnce(&mut Child) -> Result<()>) -> Result<Outcome> {
+    let words = format!("{command:?}").replace('"', "");
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn().with_context(|| format!("`{words}` could not be started"))?;
+    let watchdog = Watchdog::start(child.id());
+    feed(&mut child)?;
     let output = child.wait_with_output()?;
-    let hung = watchdog.stop();
-    let _ = feeder.join();
-    ensure!(!hung, "`{words}` did not end within {} s", PATIENCE.as_secs());
-    let code = exit_code(output.status);
-    Ok(Outcome { command: words, code, stdout: output.stdout, stderr: output.stderr })
+    watchdog.stop(&words)?;
+    Ok(Outcome {
+        command: words,
+        code: exit_code(output.status),
+        stdout: output.stdout,
+        stderr: output.stderr,
+    })
+}
+
+/// Waits for a program that a story started; one that hangs is a failure.
+pub fn wait_for(child: &mut Child, what: &str) -> Result<ExitStatus> {
+    let watchdog = Watchdog::start(child.id());
+    let status = child.wait()?;
+    watchdog.stop(what)?;
+    Ok(status)
 }
 
 /// The exit code as a shell tells it.
-pub fn exit_code(status: std::process::ExitStatus) -> i32 {
+pub fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// Kills a program that hangs, so that one failure does not stop all that follow.
+/// Ends a program that hangs, so that one failure does not stop all that follow.
 struct Watchdog {
     done: std::sync::mpsc::Sender<()>,
     thread: thread::JoinHandle<bool>,
 }
 
 impl Watchdog {
-    fn start(process: u32) -> Watchdog {
+    /// Watches the leader of a process group.
+    fn start(leader: u32) -> Watchdog {
         let (done, wait) = std::sync::mpsc::channel();
         let thread = thread::spawn(move || {
             let hung = wait.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
             if hung {
-                let pid = nix::unistd::Pid::from_raw(process as i32);
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+                // Monitors and stubs lead sessions of their own and hold the pipes of whoever started them.
+                let end = format!("kill -KILL -{leader} {leader}; pkill -KILL -f '^rvm: '");
+                let _ = Command::new("sh").args(["-c", &end]).stderr(Stdio::null()).status();
             }
             hung
         });
         Watchdog { done, thread }
     }
 
-    fn stop(self) -> bool {
+    fn stop(self, what: &str) -> Result<()> {
         let _ = self.done.send(());
-        self.thread.join().unwrap_or(true)
+        let hung = self.thread.join().unwrap_or(true);
+        ensure!(!hung, "`{what}` did not end within {} s", PATIENCE.as_secs());
+        Ok(())
     }
 }
 
@@ -161,7 +188,7 @@ pub fn docker_start(arguments: &[&str]) -> Result<String> {
 /// Asks until the answer satisfies, for things that engines do in the background.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(60) {
+    while start.elapsed() < PATIENCE {
         if holds()? {
             return Ok(());
         }
@@ -170,19 +197,39 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
     bail!("it never came true that {what}")
 }
 
-/// Starts a program in the background with its output kept.
+/// Starts a program in the background, with pipes for its streams.
 pub fn spawn(program: &str, arguments: &[&str]) -> Result<Child> {
     Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .with_context(|| format!("`{program}` could not be started"))
 }
 
-/// Removes whatever containers a story left in the engines, so that the search for leftovers is about rvm.
-pub fn remove_all_containers() {
+/// Fails unless this is what `uname -r` prints in a guest.
+pub fn ensure_guest_kernel(release: &str) -> Result<()> {
+    let host = shell("uname -r")?.expect_code(0)?.text();
+    ensure!(
+        release.starts_with("6.12.") && release.ends_with("-rvm") && release != host,
+        "{release:?} is not the guest's kernel; the host's is {host:?}"
+    );
+    Ok(())
+}
+
+/// Has the engines remove whatever containers a story left in them. What rvm itself keeps is not touched: after this,
+/// there is to be nothing.
+pub fn empty_engines() {
     let _ = shell("docker ps -aq | xargs -r docker rm -f -v");
-    let _ = shell("rvm list --quiet | xargs -r -n 1 rvm delete --force");
+    let _ = shell("podman ps -aq | xargs -r podman rm -f -t 0");
+    let _ = shell(
+        "ctr tasks ls -q | xargs -r -n 1 ctr tasks rm -f; ctr containers ls -q | xargs -r ctr containers rm",
+    );
+}
+
+/// Removes what a failed story left, so that the next one starts from nothing.
+pub fn remove_remains() {
+    let _ = shell("rvm list --quiet | xargs -r -n 1 rvm delete --force; pkill -KILL -f '^rvm: '");
 }

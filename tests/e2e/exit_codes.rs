@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use crate::Story;
-use crate::command::{docker, docker_run, docker_start, eventually};
+use crate::command::{docker, docker_run, docker_start, ensure_guest_kernel, eventually};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("success_is_0", success_is_0),
@@ -11,6 +11,8 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_command_that_does_not_exist_is_127", a_command_that_does_not_exist_is_127),
     ("a_file_that_is_not_executable_is_126", a_file_that_is_not_executable_is_126),
     ("kill_9_inside_is_137", kill_9_inside_is_137),
+    ("memory_that_runs_out_is_137", memory_that_runs_out_is_137),
+    ("any_signal_arrives_as_128_and_its_number", any_signal_arrives_as_128_and_its_number),
     ("docker_kill_is_137", docker_kill_is_137),
     ("the_command_is_process_1_of_the_guest", the_command_is_process_1_of_the_guest),
 ];
@@ -44,6 +46,19 @@ fn kill_9_inside_is_137() -> Result<()> {
     docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
 }
 
+fn memory_that_runs_out_is_137() -> Result<()> {
+    // The guest's kernel kills process 1 itself. `tail` keeps what it reads until a line ends.
+    docker_run(&["--memory", "64m", "busybox", "tail", "-n", "1", "/dev/zero"])?.expect_code(137).map(drop)
+}
+
+fn any_signal_arrives_as_128_and_its_number() -> Result<()> {
+    let id = docker_start(&["busybox", "sleep", "1000"])?;
+    for signal in [6, 11, 15, 34, 40, 64] {
+        docker(&["exec", &id, "sh", "-c", &format!("kill -{signal} $$")])?.expect_code(128 + signal)?;
+    }
+    docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
+}
+
 fn docker_kill_is_137() -> Result<()> {
     let id = docker_start(&["busybox", "sleep", "1000"])?;
     docker(&["kill", &id])?.expect_code(0)?;
@@ -54,9 +69,7 @@ fn docker_kill_is_137() -> Result<()> {
 }
 
 fn the_command_is_process_1_of_the_guest() -> Result<()> {
-    let host = crate::command::shell("uname -r")?.text();
-    let guest = docker_run(&["busybox", "uname", "-r"])?.expect_code(0)?.text();
-    ensure!(guest != host && guest.starts_with("6.12."), "guest kernel {guest:?}, host kernel {host:?}");
+    ensure_guest_kernel(&docker_run(&["busybox", "uname", "-r"])?.expect_code(0)?.text())?;
 
     let command = docker_run(&["busybox", "cat", "/proc/1/cmdline"])?.expect_code(0)?;
     ensure!(command.stdout == b"cat\0/proc/1/cmdline\0", "process 1 is {:?}", command.text());

@@ -9,11 +9,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 /// Folders where engines and `rvm` itself let the runtime keep its state.
-const STATE_FOLDERS: &[&str] =
-    &["/run/rvm", "/run/docker/runtime-rvm/moby", "/run/containerd/runc/default", "/tmp"];
+const STATE_FOLDERS: &[&str] = &[
+    "/run/rvm",
+    "/run/docker/runtime-rvm/moby",
+    "/run/containerd/runc/default",
+    "/run/containerd/io.containerd.runtime.v2.task/default",
+    "/run/containerd/io.containerd.runtime.v2.task/moby",
+    "/var/lib/rvm",
+    "/tmp",
+];
 
 /// Control groups that engines name as the parent of their containers'. They stay, empty, with every runtime.
-const PARENT_CGROUPS: &[&str] = &["/sys/fs/cgroup/docker", "/sys/fs/cgroup/default"];
+const PARENT_CGROUPS: &[&str] = &[
+    "/sys/fs/cgroup/docker",
+    "/sys/fs/cgroup/default",
+    "/sys/fs/cgroup/libpod_parent",
+    "/sys/fs/cgroup/libpod_parent/conmon",
+];
 
 /// How long engines get to clean up behind a container: they do so after they have answered.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -78,11 +90,12 @@ fn add_processes(traces: &mut BTreeSet<String>) -> Result<()> {
 fn add_mounts(traces: &mut BTreeSet<String>) -> Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("the mount table can be read")?;
     for line in mounts.lines() {
-        let place = line.split(' ').nth(4).unwrap_or_default();
+        let mut fields = line.split(' ').skip(3);
+        let (root, place) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
         if place.starts_with("/run/docker/netns/") {
             continue;
         }
-        traces.insert(format!("mount {place}"));
+        traces.insert(format!("mount {place} of {root}"));
     }
     Ok(())
 }
@@ -108,7 +121,9 @@ fn add_entries(kind: &str, folder: &str, traces: &mut BTreeSet<String>) {
 
 fn add_sockets(traces: &mut BTreeSet<String>) -> Result<()> {
     for line in fs::read_to_string("/proc/net/unix")?.lines() {
-        if let Some(path) = line.split_whitespace().nth(7).filter(|path| path.contains("rvm")) {
+        // The monitor binds its socket through a descriptor of its folder, so only the last part of the name is telling.
+        let of_runtime = |path: &&str| path.contains("rvm") || path.ends_with("/control.sock");
+        if let Some(path) = line.split_whitespace().nth(7).filter(of_runtime) {
             traces.insert(format!("socket {path}"));
         }
     }

@@ -15,6 +15,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("exec_on_a_terminal_follows_its_size", exec_on_a_terminal_follows_its_size),
     ("run_on_a_terminal_is_a_shell", run_on_a_terminal_is_a_shell),
     ("stop_lets_the_workload_end_itself", stop_lets_the_workload_end_itself),
+    ("stop_kills_what_does_not_listen", stop_kills_what_does_not_listen),
     ("signals_reach_the_workload", signals_reach_the_workload),
     ("pause_stops_the_workload_and_unpause_goes_on", pause_stops_the_workload_and_unpause_goes_on),
     ("wait_returns_the_exit_code", wait_returns_the_exit_code),
@@ -73,16 +74,16 @@ fn exec_on_a_terminal_follows_its_size() -> Result<()> {
     terminal.type_text("tty; stty size\n")?;
     terminal.wait_for("/dev/pts/")?;
     terminal.wait_for("31 99")?;
+    // The program hears of the change, and the size that it reads at that moment is the new one.
+    terminal.type_text("trap 'echo resized to $(stty size)' WINCH; echo trap is set\n")?;
+    terminal.wait_for("\ntrap is set")?;
     terminal.resize(44, 123)?;
-    // The new size takes its way through two engines; the shell is asked until it has arrived.
-    for _ in 0..100 {
-        terminal.type_text("stty size\n")?;
-        std::thread::sleep(Duration::from_millis(300));
-        if terminal.screen().contains("44 123") {
-            break;
-        }
-    }
-    terminal.wait_for("44 123")?;
+    eventually("the shell tells of the new size", || {
+        // busybox's shell runs a trap when a command ends.
+        terminal.type_text("sleep 0.2\n")?;
+        Ok(terminal.screen().contains("resized to"))
+    })?;
+    terminal.wait_for("resized to 44 123")?;
     terminal.type_text("exit 6\n")?;
     let code = terminal.finish()?;
     ensure!(code == 6, "the shell ended with {code}");
@@ -96,8 +97,8 @@ fn run_on_a_terminal_is_a_shell() -> Result<()> {
     terminal.wait_for("#")?;
     terminal.type_text("test -t 0 && echo on-a-$((1+1))-terminal\n")?;
     terminal.wait_for("on-a-2-terminal")?;
-    terminal.type_text("sleep 1000\n")?;
-    std::thread::sleep(Duration::from_millis(500));
+    terminal.type_text("sh -c 'echo about to sleep; exec sleep 1000'\n")?;
+    terminal.wait_for("\nabout to sleep")?;
     terminal.type_text("\u{3}")?;
     terminal.type_text("echo interrupted=$?\n")?;
     terminal.wait_for("interrupted=130")?;
@@ -118,6 +119,13 @@ fn stop_lets_the_workload_end_itself() -> Result<()> {
     docker(&["stop", "-t", "60", &id])?.expect_code(0)?;
     docker(&["wait", &id])?.expect_text("7")?;
     docker(&["logs", &id])?.expect_text("up\nbye")
+}
+
+fn stop_kills_what_does_not_listen() -> Result<()> {
+    // Process 1 of a pid namespace has no default action for SIGTERM.
+    let id = docker_start(&["busybox", "sleep", "1000"])?;
+    docker(&["stop", "-t", "1", &id])?.expect_code(0)?;
+    docker(&["wait", &id])?.expect_text("137")
 }
 
 fn signals_reach_the_workload() -> Result<()> {
@@ -183,8 +191,13 @@ fn top_names_the_container() -> Result<()> {
 }
 
 fn orphans_are_reaped() -> Result<()> {
-    let script = "for i in 1 2 3 4 5; do (true & ) ; done; sleep 1; ps -o stat | grep -c Z";
+    // Their parent is gone at once; the init that the engine puts in collects them.
+    let script = "for i in 1 2 3 4 5; do (sleep 0 & ) ; done; echo done";
     let id = docker_start(&["--init", "busybox", "sleep", "1000"])?;
-    docker(&["exec", &id, "sh", "-c", script])?.expect_code(1)?;
+    docker(&["exec", &id, "sh", "-c", script])?.expect_text("done")?;
+    eventually("no process is left uncollected", || {
+        let states = docker(&["exec", &id, "ps", "-o", "stat,args"])?.expect_code(0)?.text();
+        Ok(!states.lines().any(|line| line.starts_with('Z') || line.contains("sleep 0")))
+    })?;
     docker_run(&["--init", "busybox", "sh", "-c", "exit 9"])?.expect_code(9).map(drop)
 }

@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, Result};
 use nix::pty::{Winsize, openpty};
 
-use crate::command::{eventually, exit_code};
+use crate::command::{eventually, exit_code, wait_for};
 
 nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, Winsize);
 
@@ -69,7 +69,7 @@ impl Terminal {
 
     /// Waits for the program's end and returns its exit code.
     pub fn finish(mut self) -> Result<i32> {
-        Ok(exit_code(self.child.wait()?))
+        Ok(exit_code(wait_for(&mut self.child, "a program on a terminal")?))
     }
 }
 
