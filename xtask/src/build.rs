@@ -16,7 +16,7 @@ use rvm_tests::support::packages;
 use crate::kernel;
 
 /// What the programs link against. libseccomp comes as a static library in its development package.
-const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
+pub const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
 
 /// Naming the target keeps `RUSTFLAGS` away from build scripts and procedural macros, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";

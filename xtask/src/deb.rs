@@ -25,16 +25,6 @@ pub fn download(package: &str, to: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Refreshes apt's package lists, which are absent on a fresh machine.
-pub fn update() -> Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!(
-            "apt's package lists are out of date. Refresh them, then try again:\n\n    sudo apt-get update\n"
-        );
-    }
-    process::run(Command::new("apt-get").args(["-qq", "update"]).stdin(Stdio::null()))
-}
-
 /// Unpacks the files of a package below `to`.
 pub fn unpack(package: &Path, to: &Path) -> Result<()> {
     process::run(Command::new("dpkg-deb").arg("--extract").arg(package).arg(to))

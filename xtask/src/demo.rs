@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::{build, kvm, minihost, rootfs};
+use crate::{build, kvm, minihost, needs, rootfs};
 
 const SCRIPT: &str = include_str!("demo/script");
 
@@ -16,6 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Prepares what is missing, and shows a container.
 pub fn run() -> Result<ExitCode> {
+    needs::demo()?;
     let artefacts = build::artefacts()?;
     let rootfs = rootfs::busybox()?;
     if kvm::is_usable() && nix::unistd::geteuid().is_root() {

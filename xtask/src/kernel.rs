@@ -19,7 +19,7 @@ const CONFIG: &str = include_str!("../../kernels/guest-x86_64.config");
 const PINS: &str = include_str!("../../kernels/source.pins");
 
 /// What the build needs from Debian.
-const PACKAGES: &[&str] =
+pub const PACKAGES: &[&str] =
     &["bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "perl", "xz-utils"];
 
 /// Given to every `make`. Date, user and host are compiled into the kernel: fixed, so that equal input gives equal output.
@@ -41,8 +41,16 @@ const MAKE_LINES: u64 = 1840;
 
 /// The guest kernel image, built when it is not cached.
 pub fn vmlinux() -> Result<PathBuf> {
-    let entry = cache::cache_dir().join("kernel").join(key().hex());
-    Ok(cache::build_once(&entry, build)?.join("vmlinux"))
+    Ok(cache::build_once(&entry(), build)?.join("vmlinux"))
+}
+
+/// The packages that [`vmlinux`] will need: none when the kernel is cached.
+pub fn packages() -> &'static [&'static str] {
+    if entry().is_dir() { &[] } else { PACKAGES }
+}
+
+fn entry() -> PathBuf {
+    cache::cache_dir().join("kernel").join(key().hex())
 }
 
 fn key() -> Key {

@@ -8,6 +8,7 @@ mod host;
 mod kernel;
 mod kvm;
 mod minihost;
+mod needs;
 mod rootfs;
 mod tally;
 mod test;
@@ -87,6 +88,9 @@ struct MinihostArgs {
 }
 
 fn main() -> ExitCode {
+    let path = needs::search_path(&std::env::var_os("PATH").unwrap_or_default());
+    // SAFETY: this is the first statement of the program: no other thread reads the environment yet.
+    unsafe { std::env::set_var("PATH", path) };
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {

@@ -16,6 +16,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::archive::Archive;
 use image::Image;
+pub use image::PACKAGES;
 use machine::Machine;
 
 /// Where the artefacts appear in the small host: where `rvm` looks for its kernel and agent.

@@ -9,6 +9,9 @@ use anyhow::{Context, Result};
 use rvm_tests::support::cache::{self, Key};
 use rvm_tests::support::{packages, process};
 
+/// What the build machine needs.
+pub const PACKAGES: &[&str] = &["busybox-static"];
+
 const BUSYBOX: &str = "/bin/busybox";
 const DIRECTORIES: &[&str] = &["bin", "dev", "etc", "proc", "root", "sys", "tmp"];
 const FILES: &[(&str, &str)] = &[
@@ -18,7 +21,7 @@ const FILES: &[(&str, &str)] = &[
 
 /// The directory, made when it is not cached.
 pub fn busybox() -> Result<PathBuf> {
-    packages::ensure(&["busybox-static"])?;
+    packages::ensure(PACKAGES)?;
     let program = fs::read(BUSYBOX).with_context(|| format!("cannot read {BUSYBOX}"))?;
     let key = Key::new().with("busybox", program).with("layout", format!("{DIRECTORIES:?} {FILES:?}"));
     // Two levels, so that the tree has a name of its own: `busybox`.

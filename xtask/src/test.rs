@@ -10,8 +10,8 @@ use rvm_tests::support::packages;
 use crate::build::{self, cargo, checked};
 use crate::tally::Tally;
 
-/// What compiling the workspace needs from Debian.
-const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
+/// What compiling the workspace needs from Debian, and the containers of the agent's own tests.
+pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libseccomp-dev"];
 
 /// Where the test host keeps the end-to-end suites.
 const SUITES: &str = "/usr/local/bin/rvm-e2e";

@@ -18,7 +18,7 @@ use crate::support::progress::Progress;
 use crate::support::{packages, process};
 
 /// What the build machine needs to make an image and run it.
-const TOOLS: &[&str] = &[
+pub const TOOLS: &[&str] = &[
     "debian-archive-keyring",
     "debootstrap",
     "e2fsprogs",
@@ -49,7 +49,7 @@ pub struct Image {
 /// empty and has the container images loaded; see [`store::build`].
 pub fn ensure(load: impl FnOnce(&Image) -> Result<()>) -> Result<Image> {
     packages::ensure(TOOLS)?;
-    let cache = cache::cache_dir().join("host");
+    let cache = host_cache();
     let entry = |kind: &str, key: Key| cache.join(format!("{kind}-{}", key.hex()));
     let packages = cache::build_once(&entry("packages", recipe::packages_key()), build_trees)?;
     let archives = packages.join("images");
@@ -62,6 +62,18 @@ pub fn ensure(load: impl FnOnce(&Image) -> Result<()>) -> Result<Image> {
     })?;
     cache::remove_unused(&cache)?;
     Ok(Image { store: store::file(&store), system, archives })
+}
+
+/// Whether [`ensure`] will have to make device files and change roots, which only root can.
+pub fn needs_root() -> bool {
+    let entry = |kind: &str, key: Key| host_cache().join(format!("{kind}-{}", key.hex())).is_dir();
+    !entry("packages", recipe::packages_key())
+        || !entry("system", recipe::key())
+        || !entry("store", recipe::store_key())
+}
+
+fn host_cache() -> PathBuf {
+    cache::cache_dir().join("host")
 }
 
 /// Fills `directory` with the tree `host` and with the container images' archives under `images`.
@@ -153,9 +165,13 @@ impl Build<'_> {
 
     fn install(&self, title: &str, tree: &Path, packages: &[&str]) -> Result<()> {
         let mut progress = Progress::bar(title, 100);
-        let mut steps = AptSteps::default();
+        let mut steps = packages::Steps::default();
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh"]);
+        // The tree's own apt knows nothing of this machine's configuration.
+        if let Some(proxy) = mirror::apt_proxy()? {
+            command.env("http_proxy", proxy);
+        }
         command.arg(recipe::INSTALL_PACKAGES.write_to(self.directory)?).arg(tree).args(packages);
         process::run_logged(&mut command, &self.log, |line| {
             progress.note(line);
@@ -167,26 +183,6 @@ impl Build<'_> {
 
     fn script(&self, script: BuildScript, arguments: &[&Path]) -> Result<()> {
         process::run(Command::new("sh").arg(script.write_to(self.directory)?).args(arguments))
-    }
-}
-
-/// How far apt has come, from what it prints: it gets, unpacks and sets up each package.
-#[derive(Default)]
-struct AptSteps {
-    packages: u64,
-    done: u64,
-}
-
-impl AptSteps {
-    fn percent_after(&mut self, line: &str) -> u64 {
-        let words: Vec<_> = line.split_whitespace().collect();
-        match words[..] {
-            [_, "upgraded,", new, "newly", ..] => self.packages = new.parse().unwrap_or(0),
-            ["Unpacking", ..] | ["Setting", "up", ..] => self.done += 1,
-            [get, ..] if get.starts_with("Get:") => self.done += 1,
-            _ => {}
-        }
-        (100 * self.done).checked_div(3 * self.packages).unwrap_or(0)
     }
 }
 
@@ -215,18 +211,6 @@ pub fn cache_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn apt_is_at_the_end_when_every_package_is_set_up() {
-        let mut steps = AptSteps::default();
-        assert_eq!(steps.percent_after("Reading package lists..."), 0);
-        assert_eq!(steps.percent_after("0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded."), 0);
-        for line in ["Get:1 http://x a", "Get:2 http://x b", "Unpacking a (1) ...", "Unpacking b (1) ..."] {
-            steps.percent_after(line);
-        }
-        assert_eq!(steps.percent_after("Setting up a (1) ..."), 83);
-        assert_eq!(steps.percent_after("Setting up b (1) ..."), 100);
-    }
 
     #[test]
     fn a_file_replaces_a_link_instead_of_following_it() {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::support::process;
+use crate::support::{packages, process};
 
 /// The base address of a Debian archive, fit for debootstrap.
 pub fn debian_mirror() -> Result<String> {
@@ -14,7 +14,7 @@ pub fn debian_mirror() -> Result<String> {
     }
     // On a fresh machine apt may know the archive's name only once it has fetched the lists.
     if nix::unistd::geteuid().is_root() {
-        process::run(Command::new("apt-get").args(["-qq", "update"]))?;
+        packages::update()?;
     }
     configured()?.context(
         "no Debian archive among this machine's apt sources: the test host is made of Debian packages \

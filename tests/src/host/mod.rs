@@ -24,6 +24,7 @@ use anyhow::{Context, Result};
 
 use crate::support::cache;
 use image::Image;
+pub use image::TOOLS as PACKAGES;
 use qemu::Machine;
 use qmp::Qmp;
 use ssh::Ssh;
@@ -113,6 +114,19 @@ impl Host {
         self.ssh.run(["/usr/lib/rvm-host/install-artefacts"])?;
         artefacts::note_installed(run, &stamp)
     }
+}
+
+/// Fails, and says what to run instead, where the test host's image is yet to be made and the caller is not root: known
+/// at once instead of after half an hour.
+pub fn may_make_image() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() && image::needs_root() {
+        anyhow::bail!(
+            "the test host's image is made by debootstrap, which needs root. Run the chore as root:\n\n    \
+             sudo env \"PATH=$PATH\" \"RUSTUP_HOME=${{RUSTUP_HOME:-$HOME/.rustup}}\" \
+             CARGO_TARGET_DIR=/var/cache/rvm-target cargo xtask test\n"
+        );
+    }
+    Ok(())
 }
 
 /// Boots an image whose engines' disk is empty, and has every engine load the container images.

@@ -1,10 +1,12 @@
 //! Debian packages of the build machine: what a chore needs is installed when missing, and said so.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use super::process;
+use super::progress::Progress;
 
 /// Makes sure that all of `packages` are installed: by apt-get as root, otherwise by telling the one command to run.
 pub fn ensure(packages: &[&str]) -> Result<()> {
@@ -15,37 +17,103 @@ pub fn ensure(packages: &[&str]) -> Result<()> {
     let list = missing.join(" ");
     if !nix::unistd::geteuid().is_root() {
         bail!(
-            "Debian packages are missing. Install them, then try again:\n\n    sudo apt-get install --yes {list}\n"
+            "Debian packages are missing. Install them, then try again:\n\n    {}\n",
+            as_root(&format!("apt-get update && apt-get install --yes --no-install-recommends {list}"))
         );
     }
     eprintln!("Installing Debian packages: {list}");
     // The package lists of a fresh machine are absent or stale; of a machine in use they are good, and a refresh slow.
     install(&missing).or_else(|_| {
-        process::run(apt_get().arg("update"))?;
+        update()?;
         install(&missing)
     })
 }
 
+/// Refreshes apt's package lists, which are absent on a fresh machine.
+pub fn update() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "apt's package lists are absent or out of date. Refresh them, then try again:\n\n    {}\n",
+            as_root("apt-get update")
+        );
+    }
+    let progress = Progress::spinner("Refreshing apt's package lists");
+    process::run_watched(apt_get().arg("update"), |line| progress.note(line))?;
+    progress.finish();
+    Ok(())
+}
+
 fn install(packages: &[&str]) -> Result<()> {
-    process::run(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(packages))
+    let mut progress = Progress::bar("Debian packages", 100);
+    let mut steps = Steps::default();
+    let mut command = apt_get();
+    command.args(["install", "--yes", "--no-install-recommends"]).args(packages);
+    process::run_watched(&mut command, |line| {
+        progress.note(line);
+        progress.set(steps.percent_after(line));
+    })?;
+    progress.finish();
+    Ok(())
 }
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    command.env("DEBIAN_FRONTEND", "noninteractive").args(["-qq", "-o", "DPkg::Lock::Timeout=600"]);
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+    command.args(["-q", "-o", "DPkg::Lock::Timeout=600"]);
     command.stdin(Stdio::null());
     command
 }
 
+/// One command line, to be typed by a user, that has root run `script`, which holds no single quotes.
+fn as_root(script: &str) -> String {
+    // Debian's installer sets sudo up only where root gets no password.
+    let sudo = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|directory| directory.join("sudo").exists()));
+    format!("{} '{script}'", if sudo { "sudo sh -c" } else { "su - -c" })
+}
+
+/// How far apt has come with an installation, from what it prints: it gets, unpacks and sets up each package.
+#[derive(Default)]
+pub struct Steps {
+    packages: u64,
+    done: u64,
+}
+
+impl Steps {
+    /// The percentage that is done after `line`.
+    pub fn percent_after(&mut self, line: &str) -> u64 {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            [_, "upgraded,", new, "newly", ..] => self.packages = new.parse().unwrap_or(0),
+            ["Unpacking", ..] | ["Setting", "up", ..] => self.done += 1,
+            [get, ..] if get.starts_with("Get:") => self.done += 1,
+            _ => {}
+        }
+        (100 * self.done).checked_div(3 * self.packages).unwrap_or(0)
+    }
+}
+
 fn missing<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+    if !Path::new("/etc/debian_version").exists() {
+        bail!("this machine is no Debian: the chores of this project need Debian 12 or newer");
+    }
     let output = Command::new("dpkg-query")
         .args(["--show", "--showformat=${Package} ${db:Status-Status}\n", "--"])
         .args(packages)
         .stderr(Stdio::null())
         .output()
-        .context("cannot run dpkg-query: the test tools need Debian 12 or newer")?;
+        .context("cannot run dpkg-query")?;
     let listing = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok(packages.iter().copied().filter(|package| !is_installed(&listing, package)).collect())
+    Ok(absent(packages, &listing))
+}
+
+/// Those of `packages` that are not installed, each once and in order.
+fn absent<'a>(packages: &[&'a str], listing: &str) -> Vec<&'a str> {
+    let mut absent: Vec<_> =
+        packages.iter().copied().filter(|package| !is_installed(listing, package)).collect();
+    absent.sort_unstable();
+    absent.dedup();
+    absent
 }
 
 fn is_installed(listing: &str, package: &str) -> bool {
@@ -62,5 +130,29 @@ mod tests {
         assert!(is_installed(listing, "bash"));
         assert!(!is_installed(listing, "flex"));
         assert!(!is_installed(listing, "bas"));
+    }
+
+    #[test]
+    fn what_several_chores_need_is_named_once() {
+        assert_eq!(absent(&["gcc", "bash", "bc", "gcc"], "bash installed\n"), ["bc", "gcc"]);
+    }
+
+    #[test]
+    fn the_command_for_root_is_one_line_that_a_shell_takes_as_one() {
+        let line = as_root("apt-get update && apt-get install x");
+        assert!(line.ends_with(" 'apt-get update && apt-get install x'"), "{line}");
+        assert!(line.starts_with("sudo sh -c ") || line.starts_with("su - -c "), "{line}");
+    }
+
+    #[test]
+    fn apt_is_at_the_end_when_every_package_is_set_up() {
+        let mut steps = Steps::default();
+        assert_eq!(steps.percent_after("Reading package lists..."), 0);
+        assert_eq!(steps.percent_after("0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded."), 0);
+        for line in ["Get:1 http://x a", "Get:2 http://x b", "Unpacking a (1) ...", "Unpacking b (1) ..."] {
+            steps.percent_after(line);
+        }
+        assert_eq!(steps.percent_after("Setting up a (1) ..."), 83);
+        assert_eq!(steps.percent_after("Setting up b (1) ..."), 100);
     }
 }

@@ -1,7 +1,7 @@
 //! Child processes whose failure must explain itself.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -23,12 +23,25 @@ pub fn text(command: &mut Command) -> Result<String> {
 
 /// Runs `command` with its output going to the file `log` and line by line to `each_line`, for progress.
 pub fn run_logged(command: &mut Command, log: &Path, mut each_line: impl FnMut(&str)) -> Result<()> {
-    use std::io::Write;
     let mut file = File::options()
         .create(true)
         .append(true)
         .open(log)
         .with_context(|| format!("cannot open the log {}", log.display()))?;
+    let mut written = Ok(());
+    let run = run_watched(command, |line| {
+        if written.is_ok() {
+            written = writeln!(file, "{line}");
+        }
+        each_line(line);
+    });
+    written.with_context(|| format!("cannot write the log {}", log.display()))?;
+    run.with_context(|| format!("the whole log is {}", log.display()))
+}
+
+/// Runs `command` with its output going line by line to `each_line`, for progress; if it fails, the error holds the last
+/// lines.
+pub fn run_watched(command: &mut Command, mut each_line: impl FnMut(&str)) -> Result<()> {
     let (reader, writer) = std::io::pipe().context("cannot create a pipe")?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().with_context(|| format!("cannot start {}", describe(command)))?;
@@ -37,7 +50,6 @@ pub fn run_logged(command: &mut Command, log: &Path, mut each_line: impl FnMut(&
     let mut last = Vec::new();
     for line in BufReader::new(reader).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
-        writeln!(file, "{line}").with_context(|| format!("cannot write the log {}", log.display()))?;
         each_line(&line);
         last.push(line);
         if last.len() > TAIL {
@@ -46,12 +58,7 @@ pub fn run_logged(command: &mut Command, log: &Path, mut each_line: impl FnMut(&
     }
     let status = child.wait()?;
     if !status.success() {
-        bail!(
-            "{} failed ({status}); the whole log: {}\n{}",
-            describe(command),
-            log.display(),
-            last.join("\n")
-        );
+        bail!("{} failed ({status}):\n{}", describe(command), last.join("\n"));
     }
     Ok(())
 }
@@ -100,7 +107,7 @@ mod tests {
         command.args(["-c", "echo one; echo two >&2; exit 1"]);
         let error = run_logged(&mut command, log.path(), |line| lines.push(line.to_owned())).unwrap_err();
         assert_eq!(lines, ["one", "two"]);
-        assert!(error.to_string().contains("two"));
+        assert!(format!("{error:#}").contains("two"));
         assert_eq!(std::fs::read_to_string(log.path()).unwrap(), "one\ntwo\n");
     }
 }

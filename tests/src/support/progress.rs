@@ -12,7 +12,7 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     total: u64,
     position: u64,
-    reported_tenth: u64,
+    reported_quarter: u64,
     finished: bool,
 }
 
@@ -39,7 +39,7 @@ impl Progress {
             eprintln!("{title} ...");
         }
         let title = title.to_owned();
-        Self { title, started: Instant::now(), bar, total, position: 0, reported_tenth: 0, finished: false }
+        Self { title, started: Instant::now(), bar, total, position: 0, reported_quarter: 0, finished: false }
     }
 
     /// What is being done right now; shown on terminals only.
@@ -54,11 +54,12 @@ impl Progress {
         self.position = self.position.max(position.min(self.total));
         if let Some(bar) = &self.bar {
             bar.set_position(self.position);
-        } else if let Some(tenth) = (self.position * 10).checked_div(self.total)
-            && tenth > self.reported_tenth
+        } else if let Some(quarter) = (self.position * 4).checked_div(self.total)
+            && quarter > self.reported_quarter
+            && quarter < 4
         {
-            self.reported_tenth = tenth;
-            eprintln!("{} ... {}0%", self.title, tenth);
+            self.reported_quarter = quarter;
+            eprintln!("{} ... {}%", self.title, quarter * 25);
         }
     }
 

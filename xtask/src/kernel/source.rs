@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use rvm_tests::support::process;
 use rvm_tests::support::progress::Progress;
+use rvm_tests::support::{packages, process};
 
 use crate::deb;
 
@@ -97,7 +97,7 @@ fn available(pins: &[Pin]) -> Result<&Pin> {
     if let Some(pin) = first_offered(pins, &offered()?) {
         return Ok(pin);
     }
-    deb::update()?;
+    packages::update()?;
     let offered = offered()?;
     first_offered(pins, &offered).with_context(|| {
         let wanted: Vec<_> = pins.iter().map(|pin| pin.version.as_str()).collect();

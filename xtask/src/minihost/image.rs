@@ -14,7 +14,7 @@ use crate::archive::Archive;
 use crate::deb;
 
 /// On the build machine. The small host's kernel itself is only unpacked, never installed.
-const PACKAGES: &[&str] = &["busybox-static", "kmod", "qemu-system-x86", "xz-utils"];
+pub const PACKAGES: &[&str] = &["busybox-static", "kmod", "qemu-system-x86", "xz-utils"];
 
 /// The package that depends on the current kernel.
 const KERNEL: &str = "linux-image-amd64";
@@ -75,7 +75,7 @@ fn fetch_kernel(to: &Path) -> Result<PathBuf> {
     let package = match kernel_package()? {
         Some(package) => package,
         None => {
-            deb::update()?;
+            packages::update()?;
             kernel_package()?.with_context(|| format!("apt offers no {KERNEL}: check the apt sources"))?
         }
     };
