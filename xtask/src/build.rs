@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::support::cache;
@@ -60,6 +60,52 @@ pub fn with_suites() -> Result<PathBuf> {
     Ok(root)
 }
 
+/// A program of unit tests among the artefacts.
+pub struct TestProgram {
+    /// Package and target, for people.
+    pub name: String,
+    /// Where it is in the test host.
+    pub path: String,
+}
+
+/// The unit tests that find more in the test host than on most machines (KVM, taps, every control group), and how they are
+/// selected. Those of a whole command line stay out: they know their program only by where it was built.
+const UNIT_TESTS: &[&str] =
+    &["--package", "rvm-vmm", "--package", "rvm", "--package", "rvm-agent", "--lib", "--test", "container"];
+
+/// Builds the unit tests that run in the test host, too, and installs them among the artefacts.
+pub fn unit_tests() -> Result<Vec<TestProgram>> {
+    packages::ensure(PACKAGES)?;
+    let mut command = static_cargo("test");
+    command.arg("--no-run").args(UNIT_TESTS).arg("--message-format=json-render-diagnostics");
+    let output =
+        command.stderr(Stdio::inherit()).output().context("cannot start the build of the unit tests")?;
+    ensure!(output.status.success(), "the build of the unit tests failed: {}", output.status);
+    let root = cache::artefacts_dir();
+    let mut programs = Vec::new();
+    for (name, executable) in test_executables(&String::from_utf8_lossy(&output.stdout)) {
+        let installed = format!("lib/rvm-tests/{name}");
+        install(&executable, &root.join(&installed), 0o755)?;
+        programs.push(TestProgram { path: format!("/usr/local/{installed}"), name });
+    }
+    ensure!(!programs.is_empty(), "the build of the unit tests made no program");
+    Ok(programs)
+}
+
+/// Names and files of the test programs in cargo's messages.
+fn test_executables(messages: &str) -> Vec<(String, PathBuf)> {
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["profile"]["test"] == true)
+        .filter_map(|message| {
+            let executable = PathBuf::from(message["executable"].as_str()?);
+            let target = &message["target"];
+            Some((format!("{}-{}", target["name"].as_str()?, target["kind"][0].as_str()?), executable))
+        })
+        .collect()
+}
+
 /// Builds everything and installs it below `prefix`, such as `/usr/local`.
 pub fn install_below(prefix: &Path) -> Result<()> {
     let artefacts = artefacts()?;
@@ -80,9 +126,7 @@ pub fn directory() -> Result<PathBuf> {
 /// Builds `programs` in release and installs them among the artefacts.
 fn programs(programs: &[Program]) -> Result<()> {
     packages::ensure(PACKAGES)?;
-    let mut command = cargo();
-    command.args(["build", "--release", "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
-    command.envs(LIBSECCOMP.iter().copied());
+    let mut command = static_cargo("build");
     for program in programs {
         command.args(["--package", program.package, "--bin", program.binary]);
     }
@@ -92,6 +136,14 @@ fn programs(programs: &[Program]) -> Result<()> {
         install(&built.join(program.binary), &cache::artefacts_dir().join(program.installed), 0o755)?;
     }
     Ok(())
+}
+
+/// cargo's `subcommand` for static programs in release.
+fn static_cargo(subcommand: &str) -> Command {
+    let mut command = cargo();
+    command.args([subcommand, "--release", "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
+    command.envs(LIBSECCOMP.iter().copied());
+    command
 }
 
 /// The cargo that runs this program, at the root of the workspace.
@@ -155,6 +207,16 @@ mod tests {
         fs::write(&from, "two").unwrap();
         install(&from, &to, 0o755).unwrap();
         assert_eq!(fs::read(&to).unwrap(), b"two");
+    }
+
+    #[test]
+    fn test_programs_are_found_among_what_cargo_says() {
+        let messages = r#"
+            {"reason":"compiler-artifact","target":{"name":"a","kind":["lib"]},"profile":{"test":false},"executable":null}
+            {"reason":"compiler-artifact","target":{"name":"a","kind":["lib"]},"profile":{"test":true},"executable":"/t/a-1"}
+            {"reason":"compiler-artifact","target":{"name":"a","kind":["bin"]},"profile":{"test":false},"executable":"/t/a"}
+            {"reason":"build-finished","success":true}"#;
+        assert_eq!(test_executables(messages), [("a-lib".to_owned(), PathBuf::from("/t/a-1"))]);
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
 use anyhow::{Context, Result};
-use rvm_tests::host::Host;
+use rvm_tests::host::{Host, Suite};
+
+use crate::build;
 
 /// What to do with the test host. With no argument at all it is made and booted, to have it ready.
 #[derive(Debug, clap::Args)]
@@ -16,6 +18,9 @@ pub struct HostArgs {
     /// End the test host; what was written in it is lost.
     #[arg(long, conflicts_with_all = ["shell", "command"])]
     stop: bool,
+    /// Use rvm as it was built last, without building it
+    #[arg(long)]
+    no_build: bool,
     /// The command to run as root in the test host, and its arguments.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -28,7 +33,7 @@ pub fn run(args: HostArgs) -> Result<ExitCode> {
         eprintln!("{message}");
         return Ok(ExitCode::SUCCESS);
     }
-    let host = Host::ensure()?;
+    let host = up_to_date(!args.no_build)?;
     let mut command = match (args.shell, args.command.is_empty()) {
         (false, true) => return Ok(ExitCode::SUCCESS),
         (false, false) => host.command(args.command),
@@ -36,6 +41,19 @@ pub fn run(args: HostArgs) -> Result<ExitCode> {
         (true, false) => host.terminal(args.command),
     };
     Ok(exit_code(command.status().context("cannot start ssh")?))
+}
+
+/// The test host, with the newest rvm unless tests run in it, which must not see it change.
+fn up_to_date(build: bool) -> Result<Host> {
+    rvm_tests::host::may_make_image()?;
+    let Some(_idle) = Suite::begin_other()? else {
+        eprintln!("Tests run in the test host: it keeps the rvm that they began with.");
+        return Host::as_it_runs();
+    };
+    if build {
+        build::artefacts()?;
+    }
+    Host::ensure()
 }
 
 fn exit_code(status: ExitStatus) -> ExitCode {

@@ -103,8 +103,8 @@ fn main() -> ExitCode {
 fn run(chore: Chore) -> Result<ExitCode> {
     match chore {
         Chore::Demo => return demo::run(),
-        Chore::Test(args) => return test::run(&args),
-        Chore::Check => return test::check(),
+        Chore::Test(args) => return Ok(test::run(&args)),
+        Chore::Check => return Ok(test::check()),
         Chore::Host(args) => return host::run(args),
         Chore::Kernel => println!("{}", kernel::vmlinux()?.display()),
         Chore::Build { install: true, prefix } => build::install_below(&prefix)?,

@@ -1,15 +1,17 @@
-//! How many tests passed and failed, read from what test runners print.
+//! How many tests passed, failed and were left out, read from what test runners print.
 
 use std::fmt;
 use std::ops::AddAssign;
 
 /// Results of any number of runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Tests that passed.
     pub passed: u64,
     /// Tests that failed.
     pub failed: u64,
+    /// The names of the tests that were left out. Summaries have no names, so they add none.
+    pub skipped: Vec<String>,
 }
 
 impl Tally {
@@ -22,7 +24,14 @@ impl Tally {
             passed: count(line, "passed"),
             // nextest counts apart what did not fail an assertion but ended otherwise.
             failed: ["failed", "exec failed", "timed out"].iter().map(|word| count(line, word)).sum(),
+            skipped: Vec::new(),
         })
+    }
+
+    /// Tells an error that is no test's, and counts it as a failed one.
+    pub fn fail(&mut self, part: &str, error: &anyhow::Error) {
+        eprintln!("error: {part}: {error:#}");
+        self.failed += 1;
     }
 }
 
@@ -30,12 +39,17 @@ impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.skipped.extend(other.skipped);
     }
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} passed, {} failed", self.passed, self.failed)
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        match self.skipped.len() {
+            0 => Ok(()),
+            count => write!(f, ", {count} skipped"),
+        }
     }
 }
 
@@ -79,8 +93,10 @@ mod tests {
 
     #[test]
     fn tallies_add_up() {
-        let mut sum = Tally { passed: 1, failed: 0 };
-        sum += Tally { passed: 2, failed: 5 };
+        let mut sum = Tally { passed: 1, ..Tally::default() };
+        sum += Tally { passed: 2, failed: 5, skipped: Vec::new() };
         assert_eq!(sum.to_string(), "3 passed, 5 failed");
+        sum += Tally { skipped: vec!["x".into()], ..Tally::default() };
+        assert_eq!(sum.to_string(), "3 passed, 5 failed, 1 skipped");
     }
 }

@@ -1,14 +1,22 @@
 //! `cargo xtask test` and `cargo xtask check`: from the formatting of a line to a container under a real engine.
+//!
+//! Every part is run, whatever became of those before it, and the last line always says how many tests passed and failed.
+//! A check without tests of its own, such as formatting, counts as one.
 
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+mod run;
+mod skips;
+
+use std::io::{self, IsTerminal};
 use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
-use rvm_tests::host::Host;
-use rvm_tests::support::packages;
+use anyhow::Result;
+use rvm_tests::host::{Host, Suite};
+use rvm_tests::support::process;
 
 use crate::build::{self, cargo, checked};
+use crate::needs;
 use crate::tally::Tally;
+use run::{Report, tallied};
 
 /// What compiling the workspace needs from Debian, and the containers of the agent's own tests.
 pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libseccomp-dev"];
@@ -16,13 +24,20 @@ pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libseccom
 /// Where the test host keeps the end-to-end suites.
 const SUITES: &str = "/usr/local/bin/rvm-e2e";
 
+/// Tells unit tests that this is a host where nothing they need is missing: they fail instead of leaving themselves out.
+const IN_TEST_HOST: &str = "RVM_TEST_HOST=1";
+
+/// The arguments of `cargo test` that select all tests of the workspace. `--bins` is none of them: it would select programs
+/// that are declared to have no tests, too, and so start the agent itself.
+const ALL_TESTS: &[&str] = &["test", "--workspace", "--tests", "--no-fail-fast", "--quiet"];
+
 /// Which parts to run.
 #[derive(Debug, clap::Args)]
 pub struct TestArgs {
     /// Only formatting, clippy and unit tests
     #[arg(long)]
     unit: bool,
-    /// Only the end-to-end suites, in the test host
+    /// Only the tests in the test host: unit tests that need a genuine host, and the end-to-end suites
     #[arg(long, conflicts_with = "unit")]
     e2e: bool,
     /// Names of end-to-end tests (a part is enough), and options of their runner, such as --list or --exact
@@ -31,40 +46,49 @@ pub struct TestArgs {
 }
 
 /// Runs what was asked for, and ends with one line: `N passed, N failed`.
-pub fn run(args: &TestArgs) -> Result<ExitCode> {
-    let mut tally = Tally::default();
+pub fn run(args: &TestArgs) -> ExitCode {
+    let mut report = Report::default();
+    // What is sure to fail should fail before the half hour that comes first.
+    let fit = args.unit || report.run("what the test host needs", |_| needs::suites());
     if !args.e2e {
-        tally += static_checks_and_unit_tests()?;
+        checks_and_unit_tests(&mut report);
     }
-    if !args.unit {
-        tally += end_to_end(&args.suites)?;
+    if !args.unit && fit {
+        report.run("the tests in the test host", |tally| in_test_host(&args.suites, tally));
     }
-    Ok(report(tally))
+    report.close()
 }
 
 /// Formatting, clippy and unit tests.
-pub fn check() -> Result<ExitCode> {
-    Ok(report(static_checks_and_unit_tests()?))
+pub fn check() -> ExitCode {
+    let mut report = Report::default();
+    checks_and_unit_tests(&mut report);
+    report.close()
 }
 
-fn report(tally: Tally) -> ExitCode {
-    println!("\n{tally}");
-    if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn static_checks_and_unit_tests() -> Result<Tally> {
-    packages::ensure(PACKAGES)?;
-    component("fmt", "rustfmt")?;
-    component("clippy", "clippy")?;
-    title("Formatting");
-    checked(cargo().args(["fmt", "--all", "--check"]), "the check of formatting (`cargo fmt` repairs it)")?;
-    title("Clippy");
-    checked(
-        cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
-        "the check by clippy",
-    )?;
-    title("Unit tests");
-    unit_tests()
+fn checks_and_unit_tests(report: &mut Report) {
+    if !report.run("what the checks need", |_| needs::checks()) {
+        return;
+    }
+    report.run("formatting (`cargo fmt` repairs it)", |tally| {
+        title("Formatting");
+        component("fmt", "rustfmt")?;
+        checked(cargo().args(["fmt", "--all", "--check"]), "the check of formatting")?;
+        tally.passed += 1;
+        Ok(())
+    });
+    report.run("clippy", |tally| {
+        title("Clippy");
+        component("clippy", "clippy")?;
+        let arguments = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+        checked(cargo().args(arguments), "the check by clippy")?;
+        tally.passed += 1;
+        Ok(())
+    });
+    report.run("the unit tests", |tally| {
+        title("Unit tests");
+        unit_tests(tally)
+    });
 }
 
 /// Sees to it that cargo has the subcommand; rustup's minimal installation lacks some.
@@ -82,92 +106,57 @@ fn has_subcommand(name: &str) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
-fn unit_tests() -> Result<Tally> {
+fn unit_tests(tally: &mut Tally) -> Result<()> {
     let mut command = cargo();
     if has_subcommand("nextest") {
         command.args(["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail"]);
     } else {
-        command.args(["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast", "--quiet"]);
+        command.args(ALL_TESTS);
     }
     if io::stderr().is_terminal() {
         command.args(["--color", "always"]);
     }
-    tallied(&mut command, "the unit tests")
+    tallied(&mut command, "the unit tests", tally)?;
+    // Neither runner's short form names what it leaves out.
+    let list = process::text(cargo().args(ALL_TESTS).args(["--", "--list", "--ignored"]))?;
+    tally.skipped.extend(skips::listed(&list));
+    Ok(())
 }
 
-fn end_to_end(arguments: &[String]) -> Result<Tally> {
+fn in_test_host(arguments: &[String], tally: &mut Tally) -> Result<()> {
+    let suite = Suite::begin()?;
     build::with_suites()?;
+    // Whoever asks for stories by name wants those.
+    let programs = if arguments.is_empty() { build::unit_tests()? } else { Vec::new() };
     let host = Host::ensure()?;
+    for program in &programs {
+        title(&format!("Unit tests that run in the test host too: {}", program.name));
+        if let Err(error) = unit_tests_of(program, &host, tally) {
+            tally.fail(&program.name, &error);
+        }
+    }
+    if !programs.is_empty() {
+        // What this machine could not run has now been run.
+        tally.skipped.retain(|name| !skips::is_for_test_host(name));
+    }
     title("End-to-end tests, in the test host");
-    let words = std::iter::once(SUITES).chain(arguments.iter().map(String::as_str));
-    tallied(&mut host.command(words), "the end-to-end tests")
+    let mut command = host.command(std::iter::once(SUITES).chain(arguments.iter().map(String::as_str)));
+    if arguments.iter().any(|argument| argument == "--list") {
+        checked(&mut command, "the list of end-to-end tests")?;
+    } else {
+        tallied(&mut command, "the end-to-end tests", tally)?;
+    }
+    suite.end()
+}
+
+fn unit_tests_of(program: &build::TestProgram, host: &Host, tally: &mut Tally) -> Result<()> {
+    let command = |words: &[&str]| host.command(["env", IN_TEST_HOST, &program.path].iter().chain(words));
+    tallied(&mut command(&["--quiet"]), &program.name, tally)?;
+    let list = process::text(command(&["--list", "--ignored"]).stdin(Stdio::null()))?;
+    tally.skipped.extend(skips::in_test_host(&list));
+    Ok(())
 }
 
 fn title(text: &str) {
     eprintln!("\n== {text}");
-}
-
-/// Runs tests with their output on the terminal, and counts. A run that fails without a failed test (it did not even
-/// compile, or died) is an error.
-fn tallied(command: &mut Command, what: &str) -> Result<Tally> {
-    let (reader, writer) = io::pipe()?;
-    // One pipe for both streams keeps their order: nextest reports on stderr, libtest on stdout.
-    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
-    let mut child = command.spawn().with_context(|| format!("cannot start {what}"))?;
-    // While the command holds its copies of the writing end, the loop below would never end.
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    let (tally, summaries) = count(BufReader::new(reader), io::stdout())?;
-    let status = child.wait()?;
-    if !status.success() && tally.failed == 0 {
-        bail!("{what} ended with {status}, though no test failed");
-    }
-    ensure!(summaries > 0 || !status.success(), "{what} printed no summary");
-    Ok(tally)
-}
-
-/// Copies lines, and sums up the summaries among them; returns how many of those there were, too.
-fn count(mut from: impl BufRead, mut to: impl Write) -> Result<(Tally, usize)> {
-    let (mut tally, mut summaries) = (Tally::default(), 0);
-    let mut line = Vec::new();
-    while from.read_until(b'\n', &mut line)? > 0 {
-        to.write_all(&line)?;
-        if let Some(found) = Tally::of_line(&String::from_utf8_lossy(&line)) {
-            tally += found;
-            summaries += 1;
-        }
-        line.clear();
-    }
-    Ok((tally, summaries))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn script(text: &str) -> Result<Tally> {
-        tallied(Command::new("sh").args(["-c", text]), "the script")
-    }
-
-    #[test]
-    fn every_summary_counts() {
-        let tally = script(
-            "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'
-             echo 'test result: FAILED. 1 passed; 1 failed; 0 ignored' >&2; exit 101",
-        );
-        assert_eq!(tally.unwrap(), Tally { passed: 3, failed: 1 });
-    }
-
-    #[test]
-    fn a_run_that_breaks_is_never_taken_for_a_success() {
-        assert!(script("echo 'error: could not compile'; exit 101").is_err());
-        assert!(script("echo 'test result: ok. 2 passed; 0 failed'; exit 1").is_err());
-        assert!(script("true").is_err());
-    }
-
-    #[test]
-    fn output_is_repeated_as_it_is() {
-        let mut output = Vec::new();
-        count(&b"a\n\xff\nno newline"[..], &mut output).unwrap();
-        assert_eq!(output, b"a\n\xff\nno newline");
-    }
 }

@@ -14,6 +14,7 @@ mod qmp;
 mod recipe;
 mod ssh;
 mod store;
+mod suite;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -28,6 +29,7 @@ pub use image::TOOLS as PACKAGES;
 use qemu::Machine;
 use qmp::Qmp;
 use ssh::Ssh;
+pub use suite::Suite;
 
 /// How the test host is booted, where it does not run yet.
 #[derive(Clone, Debug)]
@@ -74,6 +76,15 @@ impl Host {
         host.ssh.connect()?;
         host.install_artefacts(&run)?;
         Ok(host)
+    }
+
+    /// The running test host as it is, with whatever artefacts it has.
+    pub fn as_it_runs() -> Result<Self> {
+        let config = HostConfig::default();
+        let image = image::ensure(|image| load_container_images(image, &config))?;
+        let run = runtime_dir().join(config.name());
+        let port = running_port(&run).context("the test host is not up yet: try again in a minute")?;
+        Ok(Self { ssh: Ssh::new(&image.system, &run, port) })
     }
 
     /// A command that runs `words` in the test host as root, in /root. Its stdin, stdout, stderr and exit status are

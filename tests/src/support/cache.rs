@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
@@ -59,18 +60,33 @@ impl Key {
 
 /// Takes the lock file at `path`, waiting for whoever holds it; dropping it lets go.
 pub fn lock(path: &Path) -> Result<Flock<File>> {
+    Flock::lock(lock_file(path)?, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| io::Error::from(errno))
+        .with_context(|| format!("cannot lock {}", path.display()))
+}
+
+/// As [`lock`], without waiting: nothing where somebody holds it.
+pub fn try_lock(path: &Path) -> Result<Option<Flock<File>>> {
+    match Flock::lock(lock_file(path)?, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => {
+            Err(io::Error::from(errno)).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+fn lock_file(path: &Path) -> Result<File> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     }
-    let file = File::options()
+    File::options()
         .create(true)
         .truncate(false)
+        .read(true)
         .write(true)
         .open(path)
-        .with_context(|| format!("cannot open the lock file {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| io::Error::from(errno))
-        .with_context(|| format!("cannot lock {}", path.display()))
+        .with_context(|| format!("cannot open the lock file {}", path.display()))
 }
 
 /// Returns the directory `entry`, made by `build` when it does not exist yet.
