@@ -2,12 +2,13 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rvm_tests::support::kvm::{self, Accelerator};
 
-use crate::{build, kvm, minihost, needs, rootfs};
+use crate::{build, minihost, needs, rootfs};
 
 const SCRIPT: &str = include_str!("demo/script");
 
@@ -19,12 +20,31 @@ pub fn run() -> Result<ExitCode> {
     needs::demo()?;
     let artefacts = build::artefacts()?;
     let rootfs = rootfs::busybox()?;
-    if kvm::is_usable() && nix::unistd::geteuid().is_root() {
+    let Some(obstacle) = obstacle(&artefacts, &rootfs)? else {
         return on_this_machine(&artefacts, &rootfs);
+    };
+    let consequence = match Accelerator::detect() {
+        Accelerator::Kvm => "on this machine's KVM",
+        Accelerator::Software => "in software; expect times 30 times those of hardware",
+    };
+    eprintln!("{obstacle}, so rvm runs in a small host, {consequence}.");
+    in_small_host(&artefacts, &rootfs)
+}
+
+/// Why the demo cannot run on this machine itself, if it cannot.
+fn obstacle(artefacts: &Path, rootfs: &Path) -> Result<Option<String>> {
+    if !kvm::is_usable() {
+        return Ok(Some("This machine has no usable KVM".into()));
     }
-    let reason = if kvm::is_usable() { "rvm needs root" } else { "this machine has no usable KVM" };
-    eprintln!("Booting a small host in software, because {reason}: expect times 30 times those of hardware.");
-    in_software(&artefacts, &rootfs)
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Some("rvm needs root".into()));
+    }
+    // A container with /dev/kvm is no whole host, for one.
+    let mut trial = Command::new(artefacts.join("bin/rvm"));
+    trial.args(["do", "--rootfs"]).arg(rootfs).args(["--", "true"]).stdin(Stdio::null());
+    let output = trial.output().context("cannot start rvm")?;
+    let complaint = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Ok((!output.status.success()).then(|| format!("rvm does not work on this machine ({complaint})")))
 }
 
 fn on_this_machine(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
@@ -37,7 +57,7 @@ fn on_this_machine(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn in_software(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
+fn in_small_host(artefacts: &Path, rootfs: &Path) -> Result<ExitCode> {
     let mut words = vec!["env".to_owned()];
     words.extend(colours().map(|(name, value)| format!("{name}={value}")));
     words.extend(["sh", "-c", SCRIPT, "demo"].map(String::from));

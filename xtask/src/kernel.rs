@@ -41,7 +41,9 @@ const MAKE_LINES: u64 = 1840;
 
 /// The guest kernel image, built when it is not cached.
 pub fn vmlinux() -> Result<PathBuf> {
-    Ok(cache::build_once(&entry(), build)?.join("vmlinux"))
+    let built = cache::build_once(&entry(), build)?;
+    cache::remove_unused(&cache::cache_dir().join("kernel"))?;
+    Ok(built.join("vmlinux"))
 }
 
 /// The packages that [`vmlinux`] will need: none when the kernel is cached.

@@ -1,12 +1,10 @@
 //! Every chore of the project, one place: `cargo xtask --help`.
 
-mod archive;
 mod build;
 mod deb;
 mod demo;
 mod host;
 mod kernel;
-mod kvm;
 mod minihost;
 mod needs;
 mod rootfs;

@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use rvm_tests::support::archive::Archive;
+use rvm_tests::support::kvm::Accelerator;
+use rvm_tests::support::shell;
 
-use crate::archive::Archive;
 use image::Image;
 pub use image::PACKAGES;
 use machine::Machine;
@@ -42,7 +44,8 @@ pub struct Job<'a> {
 pub fn run(job: &Job) -> Result<u8> {
     let image = image::image()?;
     let initramfs = assemble(&image, job)?;
-    Machine { kernel: &image.kernel, initramfs, memory_mib: job.memory_mib }
+    let accelerator = Accelerator::detect();
+    Machine { accelerator, kernel: &image.kernel, initramfs, memory_mib: job.memory_mib }
         .run(job.timeout, job.show_console)
 }
 
@@ -52,7 +55,7 @@ fn assemble(image: &Image, job: &Job) -> Result<File> {
     let mut output = BufWriter::new(File::from(memory));
     io::copy(&mut File::open(&image.initramfs)?, &mut output)?;
     let mut archive = Archive::new(output);
-    archive.file("command", 0o755, script(job.command).as_bytes())?;
+    archive.file("command", 0o755, &script(job.command))?;
     archive.directory("usr")?;
     archive.tree(PREFIX, job.artefacts)?;
     archive.directory("add")?;
@@ -70,9 +73,9 @@ pub fn added(path: &Path) -> Result<String> {
 }
 
 /// A shell script that runs exactly `words`.
-fn script(words: &[String]) -> String {
-    let quoted: Vec<_> = words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))).collect();
-    format!("#!/bin/busybox sh\nexec {}\n", quoted.join(" "))
+fn script(words: &[String]) -> Vec<u8> {
+    let quoted: Vec<_> = words.iter().map(|word| shell::quote(word.as_bytes())).collect();
+    [b"#!/bin/busybox sh\nexec ".as_slice(), &quoted.join(&b' '), b"\n"].concat()
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub fn busybox() -> Result<PathBuf> {
     let entry = cache::build_once(&cache::cache_dir().join("rootfs").join(key.hex()), |entry| {
         make(&entry.join("busybox"))
     })?;
+    cache::remove_unused(&cache::cache_dir().join("rootfs"))?;
     Ok(entry.join("busybox"))
 }
 

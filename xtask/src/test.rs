@@ -18,8 +18,8 @@ use crate::needs;
 use crate::tally::Tally;
 use run::{Report, tallied};
 
-/// What compiling the workspace needs from Debian, and the containers of the agent's own tests.
-pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "libc6-dev", "libseccomp-dev"];
+/// What the workspace needs from Debian: to be compiled, and for tests with containers and kernel modules.
+pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "kmod", "libc6-dev", "libseccomp-dev"];
 
 /// Where the test host keeps the end-to-end suites.
 const SUITES: &str = "/usr/local/bin/rvm-e2e";

@@ -11,10 +11,11 @@ use anyhow::{Context, Result, bail};
 use super::HostConfig;
 use super::artefacts;
 use super::image::Image;
-use super::qemu::{Accelerator, Machine, Store};
+use super::qemu::{Machine, Store};
 use super::qmp::Qmp;
 use super::recipe::LOADED_IMAGES;
 use super::ssh::Ssh;
+use crate::support::kvm::Accelerator;
 use crate::support::progress::Progress;
 use crate::support::{cache, process};
 

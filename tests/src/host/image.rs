@@ -12,10 +12,10 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::recipe::{self, BuildScript};
-use super::{initramfs, mirror, ssh, store};
+use super::{initramfs, ssh, store};
 use crate::support::cache::{self, Key};
 use crate::support::progress::Progress;
-use crate::support::{packages, process};
+use crate::support::{mirror, modules, packages, process};
 
 /// What the build machine needs to make an image and run it.
 pub const TOOLS: &[&str] = &[
@@ -117,7 +117,7 @@ fn build_system(packages: &Path, directory: &Path) -> Result<()> {
     }
     ssh::make_keys(directory, &tree)?;
 
-    let release = initramfs::kernel_release(&tree)?;
+    let release = modules::kernel_release(&tree)?;
     fs::copy(tree.join(format!("boot/vmlinuz-{release}")), directory.join("vmlinuz"))?;
     fs::write(directory.join("initramfs"), initramfs::build(&tree, &release)?)?;
     make_disk(&directory.join("root.img"), "rvm-host", Some(&tree))?;

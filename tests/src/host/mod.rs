@@ -8,7 +8,6 @@ mod artefacts;
 mod boot;
 mod image;
 mod initramfs;
-mod mirror;
 mod qemu;
 mod qmp;
 mod recipe;

@@ -1,47 +1,9 @@
-//! The QEMU command line of the test host, and which processor to run it on.
+//! The QEMU command line of the test host.
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What executes the test host's instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Accelerator {
-    /// The machine's KVM, with nested virtualisation.
-    Kvm,
-    /// QEMU's software processor, an AMD one with SVM and nested paging.
-    Software,
-}
-
-impl Accelerator {
-    /// The fastest one that gives the test host a working `/dev/kvm`.
-    pub fn detect() -> Self {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
-        let nested =
-            ["amd", "intel"].map(|vendor| read(&format!("/sys/module/kvm_{vendor}/parameters/nested")));
-        Self::choose(&read("/proc/cpuinfo"), usable, &nested)
-    }
-
-    /// A processor without SVM or VMX may still have a `/dev/kvm` (kvm_pvm, or one that traps and emulates):
-    /// no stock kernel runs under that one, so it counts as none.
-    fn choose(cpuinfo: &str, usable: bool, nested: &[String]) -> Self {
-        let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-        let hardware = flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx");
-        let nested = nested.iter().any(|value| matches!(value.trim(), "1" | "Y"));
-        if hardware && usable && nested { Self::Kvm } else { Self::Software }
-    }
-
-    fn arguments(self) -> Vec<String> {
-        let words: &[&str] = match self {
-            Self::Kvm => &["-accel", "kvm", "-cpu", "host", "-smp", "2"],
-            // More than one CPU or thread is not reliable here: QEMU's multi-threaded translator loses races with
-            // the host kernel's patching of its own code (`Oops: int3`), and guests with two CPUs on one thread hang.
-            Self::Software => &["-accel", "tcg,thread=single,tb-size=1024", "-cpu", "EPYC", "-smp", "1"],
-        };
-        words.iter().map(|word| word.to_string()).collect()
-    }
-}
+use crate::support::kvm::Accelerator;
 
 /// All that decides how the test host's machine is started.
 pub struct Machine<'a> {
@@ -99,7 +61,7 @@ impl Machine<'_> {
 
     fn arguments(&self) -> Vec<String> {
         let file = |name: &str| self.system.join(name).display().to_string();
-        let mut arguments = self.accelerator.arguments();
+        let mut arguments = self.accelerator.arguments(1024);
         let mut option = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
         option("name", "rvm-test-host".into());
         option("machine", "q35".into());
@@ -144,24 +106,6 @@ fn escape(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn choose(flags: &str, usable: bool, nested: &str) -> Accelerator {
-        Accelerator::choose(
-            &format!("processor : 0\nflags : fpu {flags} sse\n"),
-            usable,
-            &[nested.to_owned()],
-        )
-    }
-
-    #[test]
-    fn kvm_needs_a_processor_with_nested_virtualisation_and_a_device_that_opens() {
-        assert_eq!(choose("svm", true, "1\n"), Accelerator::Kvm);
-        assert_eq!(choose("vmx", true, "Y\n"), Accelerator::Kvm);
-        assert_eq!(choose("vmx", true, "N\n"), Accelerator::Software);
-        assert_eq!(choose("vmx", false, "Y\n"), Accelerator::Software);
-        assert_eq!(choose("", true, "1\n"), Accelerator::Software, "kvm_pvm");
-        assert_eq!(choose("vmx_not svmx", true, "1\n"), Accelerator::Software);
-    }
 
     fn machine(persistent: bool) -> Vec<String> {
         Machine {

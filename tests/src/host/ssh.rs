@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 
 use crate::support::process;
+use crate::support::shell::quote;
 
 /// The name under which the host key is known, whatever the port.
 const HOST_NAME: &str = "rvm-test-host";
@@ -118,32 +119,9 @@ impl Ssh {
     }
 }
 
-/// Quotes one word for a POSIX shell.
-fn quote(word: &[u8]) -> Vec<u8> {
-    let mut quoted = vec![b'\''];
-    for &byte in word {
-        if byte == b'\'' {
-            quoted.extend(b"'\\''");
-        } else {
-            quoted.push(byte);
-        }
-    }
-    quoted.push(b'\'');
-    quoted
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_shell_takes_a_quoted_word_back_apart_unchanged() {
-        for word in ["", "plain", "two words", "it's", "$HOME `id` \\ \"x\" * ; & | <\n>", "--", "\u{fc}"] {
-            let line = [b"printf %s ".as_slice(), &quote(word.as_bytes())].concat();
-            let output = Command::new("sh").arg("-c").arg(OsStr::from_bytes(&line)).output().unwrap();
-            assert_eq!(output.stdout, word.as_bytes());
-        }
-    }
 
     #[test]
     fn each_word_of_a_command_arrives_as_one() {

@@ -13,12 +13,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use rvm_tests::support::kvm::Accelerator;
 
 /// Lines of the console that an error repeats.
 const TAIL: usize = 25;
 
 /// What QEMU needs to know.
 pub struct Machine<'a> {
+    /// What executes its instructions.
+    pub accelerator: Accelerator,
     /// The kernel (bzImage).
     pub kernel: &'a Path,
     /// Its initramfs.
@@ -70,12 +73,13 @@ impl Machine<'_> {
 
     fn arguments(&self, console: i32, ports: [i32; 3]) -> Vec<String> {
         let words = format!(
-            "-machine q35 -accel tcg,thread=single,tb-size=512 -cpu EPYC -smp 1 -m {} \
+            "-machine q35 -m {} \
              -nodefaults -no-user-config -display none -no-reboot -device virtio-serial-pci \
              -chardev socket,id=console,fd={console} -serial chardev:console",
             self.memory_mib
         );
-        let mut arguments: Vec<_> = words.split_whitespace().map(String::from).collect();
+        let mut arguments = self.accelerator.arguments(512);
+        arguments.extend(words.split_whitespace().map(String::from));
         let mut option = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
         option("kernel", self.kernel.display().to_string());
         option("initrd", format!("/proc/self/fd/{}", self.initramfs.as_raw_fd()));
@@ -205,7 +209,8 @@ mod tests {
     #[test]
     fn the_software_processor_is_a_single_amd_one() {
         let initramfs = tempfile::tempfile().unwrap();
-        let machine = Machine { kernel: Path::new("/x"), initramfs, memory_mib: 512 };
+        let accelerator = Accelerator::Software;
+        let machine = Machine { accelerator, kernel: Path::new("/x"), initramfs, memory_mib: 512 };
         let line = machine.arguments(7, [8, 9, 10]).join(" ");
         for part in [
             "-cpu EPYC",

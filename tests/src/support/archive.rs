@@ -4,10 +4,12 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use cpio::newc::{Builder, ModeFileType, trailer};
+
+use super::modules;
 
 /// A newc archive on its way to `W`.
 pub struct Archive<W: Write> {
@@ -52,6 +54,16 @@ impl<W: Write> Archive<W> {
         children.sort_by_key(fs::DirEntry::file_name);
         for child in children {
             self.tree(&format!("{name}/{}", child.file_name().to_string_lossy()), &child.path())?;
+        }
+        Ok(())
+    }
+
+    /// Adds kernel modules below `modules`, named so that an init which goes through them by name keeps their order.
+    pub fn modules(&mut self, files: &[PathBuf]) -> Result<()> {
+        for (index, path) in files.iter().enumerate() {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = name.split('.').next().unwrap_or_default();
+            self.file(&format!("modules/{index:02}-{name}"), 0o644, &modules::read(path)?)?;
         }
         Ok(())
     }

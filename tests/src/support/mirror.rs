@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::support::{packages, process};
+use super::{packages, process};
 
 /// The base address of a Debian archive, fit for debootstrap.
 pub fn debian_mirror() -> Result<String> {
