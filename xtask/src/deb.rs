@@ -25,6 +25,13 @@ pub fn download(package: &str, to: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Downloads the file at `address`, which must have this SHA-256, through whatever proxy apt has.
+pub fn download_file(address: &str, sha256: &str, to: &Path) -> Result<()> {
+    let mut command = Command::new("/usr/lib/apt/apt-helper");
+    command.args(["-qq", "-o", "APT::Sandbox::User=root", "download-file", address]).arg(to);
+    process::run(command.arg(format!("SHA256:{sha256}")).stdin(Stdio::null()))
+}
+
 /// Unpacks the files of a package below `to`.
 pub fn unpack(package: &Path, to: &Path) -> Result<()> {
     process::run(Command::new("dpkg-deb").arg("--extract").arg(package).arg(to))

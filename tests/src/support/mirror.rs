@@ -28,17 +28,39 @@ pub fn apt_proxy() -> Result<Option<String>> {
     Ok(shell_value(&line).filter(|value| value != "DIRECT"))
 }
 
+/// The base addresses of all Debian archives that apt is configured with, security updates among them.
+pub fn debian_archives() -> Result<Vec<String>> {
+    let mut archives: Vec<String> = Vec::new();
+    for address in parse_archives(&targets()?) {
+        let address = resolve_mirror_list(address)?;
+        if !archives.contains(&address) {
+            archives.push(address);
+        }
+    }
+    Ok(archives)
+}
+
 fn configured() -> Result<Option<String>> {
-    let targets = process::text(Command::new("apt-get").args([
+    match parse_targets(&targets()?) {
+        Some(address) => Ok(Some(resolve_mirror_list(address)?)),
+        None => Ok(None),
+    }
+}
+
+fn targets() -> Result<String> {
+    process::text(Command::new("apt-get").args([
         "indextargets",
         "--format",
         "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)",
         "Created-By: Packages",
-    ]))?;
-    match parse_targets(&targets) {
-        Some(address) => Ok(Some(resolve_mirror_list(address)?)),
-        None => Ok(None),
-    }
+    ]))
+}
+
+fn parse_archives(targets: &str) -> impl Iterator<Item = &str> {
+    targets.lines().filter_map(|line| match line.split('|').collect::<Vec<_>>()[..] {
+        ["Debian", _, "main", address] => Some(address),
+        _ => None,
+    })
 }
 
 /// The first archive that says it is Debian itself: not its security updates, not a vendor's.
@@ -83,6 +105,8 @@ mod tests {
                        Debian|Debian|contrib|http://example.org/contrib/\n\
                        Debian|Debian|main|http://example.org/debian/\n";
         assert_eq!(parse_targets(targets), Some("http://example.org/debian/"));
+        let archives = ["http://example.org/security/", "http://example.org/debian/"];
+        assert_eq!(parse_archives(targets).collect::<Vec<_>>(), archives);
         assert_eq!(parse_targets("Ubuntu|Ubuntu|main|http://example.org/ubuntu/\n"), None);
     }
 
