@@ -21,15 +21,17 @@ pub fn demo() -> Result<()> {
     packages::ensure(&list)
 }
 
-/// Sees to all that the static checks and unit tests need.
-pub fn checks() -> Result<()> {
-    packages::ensure(test::PACKAGES)
-}
-
-/// Sees to all that the end-to-end suites need.
-pub fn suites() -> Result<()> {
-    rvm_tests::host::may_make_image()?;
-    packages::ensure(&[build::PACKAGES, kernel::packages(), rvm_tests::host::PACKAGES].concat())
+/// Sees to all that the tests need: static checks and unit tests, the suites in the test host, or both.
+pub fn tests(checks: bool, suites: bool) -> Result<()> {
+    let mut list = Vec::new();
+    if suites {
+        rvm_tests::host::may_make_image()?;
+        list.extend([build::PACKAGES, kernel::packages(), rvm_tests::host::PACKAGES].concat());
+    }
+    if checks {
+        list.extend(test::PACKAGES);
+    }
+    packages::ensure(&list)
 }
 
 /// The search path `present` with the system's folders at its end, as far as it lacks them.

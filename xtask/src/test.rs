@@ -47,14 +47,16 @@ pub struct TestArgs {
 
 /// Runs what was asked for, and ends with one line: `N passed, N failed`.
 pub fn run(args: &TestArgs) -> ExitCode {
+    let (checks, suites) = (!args.e2e, !args.unit);
     let mut report = Report::default();
-    // What is sure to fail should fail before the half hour that comes first.
-    let fit = args.unit || report.run("what the test host needs", |_| needs::suites());
-    if !args.e2e {
-        checks_and_unit_tests(&mut report);
-    }
-    if !args.unit && fit {
-        report.run("the tests in the test host", |tally| in_test_host(&args.suites, tally));
+    // What cannot come to its end should not first take half an hour.
+    if report.run("what the tests need", |_| needs::tests(checks, suites)) {
+        if checks {
+            checks_and_unit_tests(&mut report);
+        }
+        if suites {
+            report.run("the tests in the test host", |tally| in_test_host(&args.suites, tally));
+        }
     }
     report.close()
 }
@@ -62,14 +64,13 @@ pub fn run(args: &TestArgs) -> ExitCode {
 /// Formatting, clippy and unit tests.
 pub fn check() -> ExitCode {
     let mut report = Report::default();
-    checks_and_unit_tests(&mut report);
+    if report.run("what the checks need", |_| needs::tests(true, false)) {
+        checks_and_unit_tests(&mut report);
+    }
     report.close()
 }
 
 fn checks_and_unit_tests(report: &mut Report) {
-    if !report.run("what the checks need", |_| needs::checks()) {
-        return;
-    }
     report.run("formatting (`cargo fmt` repairs it)", |tally| {
         title("Formatting");
         component("fmt", "rustfmt")?;

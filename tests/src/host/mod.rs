@@ -22,7 +22,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result};
 
-use crate::support::cache;
+use crate::support::{cache, packages};
 use image::Image;
 pub use image::TOOLS as PACKAGES;
 use qemu::Machine;
@@ -131,9 +131,9 @@ impl Host {
 pub fn may_make_image() -> Result<()> {
     if !nix::unistd::geteuid().is_root() && image::needs_root() {
         anyhow::bail!(
-            "the test host's image is made by debootstrap, which needs root. Run the chore as root:\n\n    \
-             sudo env \"PATH=$PATH\" \"RUSTUP_HOME=${{RUSTUP_HOME:-$HOME/.rustup}}\" \
-             CARGO_TARGET_DIR=/var/cache/rvm-target cargo xtask test\n"
+            "the test host's image is made by debootstrap, which needs root. Run all of it as root:\n\n    {}\n\n\
+             `cargo xtask check` runs what needs no root.",
+            packages::again_as_root()
         );
     }
     Ok(())

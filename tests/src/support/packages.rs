@@ -66,10 +66,24 @@ fn apt_get() -> Command {
 
 /// One command line, to be typed by a user, that has root run `script`, which holds no single quotes.
 fn as_root(script: &str) -> String {
-    // Debian's installer sets sudo up only where root gets no password.
-    let sudo = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|directory| directory.join("sudo").exists()));
-    format!("{} '{script}'", if sudo { "sudo sh -c" } else { "su - -c" })
+    format!("{} '{script}'", if has_sudo() { "sudo sh -c" } else { "su - -c" })
+}
+
+/// The command line that has root run this program as it was called, with the caller's toolchain but all else root's own.
+pub fn again_as_root() -> String {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    format!(
+        "{} \"PATH='$PATH' RUSTUP_HOME='${{RUSTUP_HOME:-$HOME/.rustup}}' CARGO_TARGET_DIR=/var/cache/rvm-target \
+         cargo xtask {}\"",
+        if has_sudo() { "sudo sh -c" } else { "su -c" },
+        words.join(" ")
+    )
+}
+
+/// Debian's installer sets sudo up only where root gets no password.
+fn has_sudo() -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|directory| directory.join("sudo").exists()))
 }
 
 /// How far apt has come with an installation, from what it prints: it gets, unpacks and sets up each package.
