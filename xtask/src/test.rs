@@ -152,7 +152,8 @@ fn in_test_host(arguments: &[String], tally: &mut Tally) -> Result<()> {
 
 fn unit_tests_of(program: &build::TestProgram, host: &Host, tally: &mut Tally) -> Result<()> {
     let command = |words: &[&str]| host.command(["env", IN_TEST_HOST, &program.path].iter().chain(words));
-    tallied(&mut command(&["--quiet"]), &program.name, tally)?;
+    // In one process, unlike with nextest, tests would disturb each other.
+    tallied(&mut command(&["--quiet", "--test-threads=1"]), &program.name, tally)?;
     let list = process::text(command(&["--list", "--ignored"]).stdin(Stdio::null()))?;
     tally.skipped.extend(skips::in_test_host(&list));
     Ok(())
