@@ -148,7 +148,7 @@ fn no_space_for_the_state() -> Result<()> {
     );
     let outcome = shell(&full)?;
     ensure!(outcome.text() == "filler", "left in the state folder: {}", outcome.text());
-    one_line(outcome, &["/mnt", "no space left on device"])
+    one_line(outcome, &["/mnt", "No space left on device"])
 }
 
 fn an_id_that_exists() -> Result<()> {

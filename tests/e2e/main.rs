@@ -16,6 +16,7 @@ mod network;
 mod options;
 mod programs;
 mod streams;
+mod systemd;
 mod terminal;
 
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("options", options::STORIES),
     ("network", network::STORIES),
     ("engines", engines::STORIES),
+    ("systemd", systemd::STORIES),
     ("bad_input", bad_input::STORIES),
     ("accidents", accidents::STORIES),
     ("programs", programs::STORIES),

@@ -26,6 +26,7 @@ pub const HOST_PACKAGES: &[&str] = &[
     "runsc",
     "podman",
     "conmon",
+    "dbus",
     "catatonit",
     "netavark",
     "aardvark-dns",
