@@ -8,7 +8,6 @@ use std::path::Path;
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{self, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 use rvm_protocol::{
     AgentError, AgentErrorKind, CONTROL_PORT, ExitStatus, FromAgent, ProcessId, Reply, VERSION,
@@ -21,6 +20,7 @@ use crate::event::{Poller, Target};
 use crate::host::Host;
 use crate::process::channel::AgentEnd;
 use crate::stream::{Stream, StreamId};
+use crate::sys::process::{ANY, reap};
 
 mod launches;
 mod requests;
@@ -164,13 +164,7 @@ impl Agent {
     /// agent is as PID 1.
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.signals.read_signal() {}
-        loop {
-            let (pid, status) = match wait::waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, ExitStatus::Code(code as u8)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, ExitStatus::Signal(signal as u8)),
-                Ok(WaitStatus::StillAlive) | Err(_) => return,
-                Ok(_) => continue,
-            };
+        while let Some((pid, status)) = reap(ANY) {
             let found = self.processes.iter().find(|(_, process)| process.pid == pid).map(|(id, _)| *id);
             if let Some(id) = found {
                 self.end_process(id, status);

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
+use rvm_protocol::ExitStatus;
 
 use super::{check, descriptor};
 
@@ -45,6 +46,32 @@ pub unsafe fn fork_into(cgroup: BorrowedFd<'_>, namespaces: CloneFlags) -> nix::
 
 /// Of `clone3(2)` only; above the 32 bits of the older call's flags.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Names every child, for [`reap`].
+pub const ANY: Pid = Pid::from_raw(-1);
+
+/// Takes the end of a child, if one has ended, without waiting. The status is decoded here because nix knows no
+/// real-time signals, and would lose the end of a process that one of them killed.
+pub fn reap(child: Pid) -> Option<(Pid, ExitStatus)> {
+    loop {
+        let mut status: libc::c_int = 0;
+        // SAFETY: the kernel writes one integer to `status`.
+        match Errno::result(unsafe { libc::waitpid(child.as_raw(), &raw mut status, libc::WNOHANG) }) {
+            // Without WUNTRACED and WCONTINUED, whatever is told is an end.
+            Ok(pid @ 1..) => return Some((Pid::from_raw(pid), exit_status(status))),
+            Err(Errno::EINTR) => {}
+            Ok(_) | Err(_) => return None,
+        }
+    }
+}
+
+fn exit_status(status: libc::c_int) -> ExitStatus {
+    if libc::WIFEXITED(status) {
+        ExitStatus::Code(libc::WEXITSTATUS(status) as u8)
+    } else {
+        ExitStatus::Signal(libc::WTERMSIG(status) as u8)
+    }
+}
 
 /// Sends a signal, which may be a real-time one.
 pub fn send_signal(pid: Pid, signal: i32) -> nix::Result<()> {
@@ -195,4 +222,21 @@ pub fn install_filter(instructions: &[libc::sock_filter], flags: u32) -> nix::Re
 pub fn set_domain_name(name: &str) -> nix::Result<()> {
     // SAFETY: the kernel reads exactly the bytes of `name`.
     check(libc::c_long::from(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_of_ending_is_decoded() {
+        assert_eq!(exit_status(0), ExitStatus::Code(0));
+        assert_eq!(exit_status(255 << 8), ExitStatus::Code(255));
+        assert_eq!(exit_status(libc::SIGKILL), ExitStatus::Signal(9));
+        // With a core dump.
+        assert_eq!(exit_status(libc::SIGSEGV | 0x80), ExitStatus::Signal(11));
+        for signal in 34..=64u8 {
+            assert_eq!(exit_status(signal.into()), ExitStatus::Signal(signal));
+        }
+    }
 }

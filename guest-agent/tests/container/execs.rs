@@ -11,6 +11,7 @@ crate::tests![
     an_exec_lives_in_the_container,
     an_exec_has_an_identity_of_its_own,
     an_exec_that_fails_leaves_the_container_alone,
+    a_real_time_signal_ends_an_exec_like_any_other,
     orphans_of_an_exec_do_not_hold_it_up,
     orphans_of_an_exec_may_go_on_writing,
     an_exec_ends_with_the_container_and_is_told_first,
@@ -69,6 +70,16 @@ fn an_exec_that_fails_leaves_the_container_alone() {
         r#"chdir to cwd ("/nope") set in config.json failed: no such file or directory"#
     );
     assert_eq!(host.run_exec(3, &shell("echo still here")).success(), "still here\n");
+    end((host, streams));
+}
+
+fn a_real_time_signal_ends_an_exec_like_any_other() {
+    let (mut host, streams) = running();
+    let _exec = host.exec(1, &process(&["sleep", "1000"])).unwrap();
+    host.signal(1, 40, false).unwrap();
+    assert_eq!(host.exited(ProcessId(1)), ExitStatus::Signal(40));
+    // Nor does it keep the agent from taking further ends.
+    assert_eq!(host.run_exec(2, &shell("echo on")).success(), "on\n");
     end((host, streams));
 }
 
