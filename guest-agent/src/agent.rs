@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
@@ -19,7 +20,7 @@ use crate::error::{Context, Result};
 use crate::event::{Poller, Target};
 use crate::host::Host;
 use crate::process::channel::AgentEnd;
-use crate::stream::{Stream, StreamId};
+use crate::stream::{GRACE, Stream, StreamId};
 use crate::sys::process::{ANY, reap};
 
 mod launches;
@@ -38,6 +39,8 @@ pub struct Agent {
     processes: BTreeMap<ProcessId, Managed>,
     streams: HashMap<StreamId, Stream>,
     next_stream: u32,
+    /// Until when the end of the first process waits for the output of the others.
+    last_wait: Option<Instant>,
 }
 
 /// A process that the host started.
@@ -88,13 +91,14 @@ impl Agent {
             processes: BTreeMap::new(),
             streams: HashMap::new(),
             next_stream: 0,
+            last_wait: None,
         })
     }
 
     /// Serves until the control connection ends.
     pub fn run(&mut self) -> std::result::Result<(), ControlError> {
         loop {
-            for (target, ready) in self.poller.wait()? {
+            for (target, ready) in self.poller.wait(self.time_left())? {
                 match target {
                     Target::Control => {
                         for message in self.control.receive(ready)? {
@@ -123,37 +127,79 @@ impl Agent {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         act(stream);
         // A stream that cannot be waited for any more (for want of memory) is given up.
-        if stream.is_finished() || stream.arm(&self.poller).is_err() {
-            self.streams.remove(&id);
+        if stream.arm(&self.poller).is_err() || stream.is_finished() {
+            self.remove_stream(id);
         }
+    }
+
+    fn remove_stream(&mut self, id: StreamId) {
+        if let Some(mut stream) = self.streams.remove(&id) {
+            stream.release(&self.poller);
+        }
+    }
+
+    /// How long until something is due that no event tells of.
+    fn time_left(&self) -> Option<Duration> {
+        let streams = self.streams.values().filter_map(Stream::deadline);
+        let next = streams.chain(self.last_wait).min()?;
+        Some(next.saturating_duration_since(Instant::now()))
     }
 
     /// Reports the processes that have ended and whose output the host has got.
     fn settle(&mut self) {
-        let ended: Vec<(ProcessId, ExitStatus)> = self
-            .processes
-            .iter()
-            // The first process comes last: its end is the container's, and nothing can follow that.
-            .rev()
-            .filter_map(|(id, process)| match process.state {
-                State::Ended(status) if self.has_settled(process) => Some((*id, status)),
-                _ => None,
-            })
-            .collect();
-        for (process, status) in ended {
-            if process == ProcessId::INIT && self.processes.len() > 1 {
-                continue;
-            }
-            self.processes.remove(&process);
-            // A kill for want of memory is told before the end that it caused.
-            self.report_memory();
-            if process == ProcessId::INIT
-                && let Some(container) = &self.container
-            {
-                container.finish();
-            }
-            self.control.send(&FromAgent::Exited { process, status });
+        let now = Instant::now();
+        let is_due = |stream: &Stream| stream.deadline().is_some_and(|deadline| deadline <= now);
+        let due: Vec<StreamId> =
+            self.streams.iter().filter(|(_, stream)| is_due(stream)).map(|(id, _)| *id).collect();
+        for id in due {
+            self.with_stream(id, Stream::expire);
         }
+        for (process, status) in self.settled() {
+            if process != ProcessId::INIT {
+                self.report_end(process, status);
+            } else if self.processes.len() == 1 {
+                self.finish(status);
+            } else if now >= *self.last_wait.get_or_insert(now + GRACE) {
+                // Others have ended with it, and their clients do not read: that must not keep the container.
+                for (process, status) in self.ended() {
+                    if process != ProcessId::INIT {
+                        self.report_end(process, status);
+                    }
+                }
+                self.finish(status);
+            }
+        }
+    }
+
+    /// Those that have ended. The first process comes last: its end is the container's, and nothing can follow
+    /// that.
+    fn ended(&self) -> Vec<(ProcessId, ExitStatus)> {
+        let status = |(id, process): (&ProcessId, &Managed)| match process.state {
+            State::Ended(status) => Some((*id, status)),
+            _ => None,
+        };
+        self.processes.iter().rev().filter_map(status).collect()
+    }
+
+    fn settled(&self) -> Vec<(ProcessId, ExitStatus)> {
+        let mut ended = self.ended();
+        ended.retain(|(id, _)| self.processes.get(id).is_some_and(|process| self.has_settled(process)));
+        ended
+    }
+
+    fn report_end(&mut self, process: ProcessId, status: ExitStatus) {
+        self.processes.remove(&process);
+        // A kill for want of memory is told before the end that it caused.
+        self.report_memory();
+        self.control.send(&FromAgent::Exited { process, status });
+    }
+
+    fn finish(&mut self, status: ExitStatus) {
+        self.last_wait = None;
+        if let Some(container) = &self.container {
+            container.finish();
+        }
+        self.report_end(ProcessId::INIT, status);
     }
 
     fn has_settled(&self, process: &Managed) -> bool {

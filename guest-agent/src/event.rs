@@ -4,6 +4,7 @@
 //! the next event, so that no stream can keep the loop from the others.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -97,10 +98,19 @@ impl Poller {
         Ok(())
     }
 
-    /// Waits until something is ready.
-    pub fn wait(&self) -> nix::Result<Vec<Event>> {
+    /// Stops waiting on a descriptor that is about to be closed. Closing it is not enough: a child that was
+    /// forked meanwhile may have a copy, and epoll would go on telling of it.
+    pub fn remove(&self, descriptor: impl AsFd) {
+        // One that is not waited for is none of epoll's.
+        let _ = self.epoll.delete(descriptor);
+    }
+
+    /// Waits until something is ready, at most for so long.
+    pub fn wait(&self, limit: Option<Duration>) -> nix::Result<Vec<Event>> {
         let mut events = [EpollEvent::empty(); 32];
-        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+        // In milliseconds, rounded up: whoever waits for a moment shall find it has come.
+        let limit = limit.map(|limit| limit.as_nanos().div_ceil(1_000_000).min(60_000) as u16);
+        match self.epoll.wait(&mut events, limit.map_or(EpollTimeout::NONE, EpollTimeout::from)) {
             Ok(count) => Ok(events
                 .iter()
                 .take(count)

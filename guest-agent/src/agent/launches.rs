@@ -40,6 +40,7 @@ impl Agent {
                     self.reply(request, Err(error));
                 }
                 Some(Message::Closed) => {
+                    self.poller.remove(&channel.0);
                     if let Some(process) = self.processes.get_mut(&id) {
                         process.state = State::Running;
                     }
@@ -53,8 +54,11 @@ impl Agent {
     pub(super) fn abandon(&mut self, id: ProcessId) {
         if let Some(process) = self.processes.remove(&id) {
             let _ = send_signal(process.pid, libc::SIGKILL);
+            if let State::Launching { channel, .. } = &process.state {
+                self.poller.remove(&channel.0);
+            }
             for stream in process.streams {
-                self.streams.remove(&stream);
+                self.remove_stream(stream);
             }
         }
     }
@@ -95,7 +99,7 @@ impl Agent {
             Ok(launched) => launched,
             Err(error) => {
                 for stream in opened {
-                    self.streams.remove(&stream);
+                    self.remove_stream(stream);
                 }
                 return Err(error);
             }

@@ -33,6 +33,11 @@ impl Buffer {
         Self { bytes: bytes.to_vec(), start: 0, end: bytes.len() }
     }
 
+    /// How many bytes it holds.
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.start == self.end

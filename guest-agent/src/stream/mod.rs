@@ -4,17 +4,20 @@
 //! buffers. Each event moves bytes once in each direction; [`Stream::arm`] then tells epoll what the stream
 //! waits for next. What is not read is what holds the writer back: that is all of the flow control.
 //!
-//! The life of an output stream after its process has ended: what the process had written is brought to the
-//! host (*draining*), the connection is closed, and what orphans of the process still write is thrown away
-//! (*discarding*), since a closed pipe would kill them.
+//! The life of an output stream after its process has ended: what the process had written is *owed* to the
+//! host. What its descendants write, such as the `tee` of a shell's process substitution, follows for a
+//! [grace](GRACE) as long as the pipe is open. Then no more is read than is owed (*draining*), the connection
+//! is closed, and what orphans of the process still write is thrown away (*discarding*), since a closed pipe
+//! would kill them.
 
 pub mod buffer;
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{self, Shutdown as SocketShutdown};
-use rvm_protocol::{StreamHeader, StreamToken};
+use rvm_protocol::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 use self::buffer::{Buffer, CAPACITY, Step};
 use crate::event::{Poller, Target};
@@ -50,6 +53,10 @@ impl Direction {
 /// flip buffers behind it. Orphans that write without end cannot prolong the draining beyond it.
 const TERMINAL_BACKLOG: usize = 128 << 10;
 
+/// How long a pipe is followed after its process has ended. A daemon that was left behind holds the pipe open
+/// for good, and the host's end of a process waits for the end of its streams.
+pub const GRACE: Duration = Duration::from_secs(2);
+
 /// A descriptor and what epoll waits for on it.
 struct End {
     descriptor: OwnedFd,
@@ -65,9 +72,9 @@ impl End {
 /// How far an output has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Output {
-    /// The process runs.
+    /// The process runs, or has ended and is followed.
     Flowing,
-    /// The process has ended; so many bytes of what it wrote are still to be read.
+    /// The process has ended; so many bytes are still to be read.
     Draining(usize),
     /// All is read that the host shall see; it may not all be sent yet.
     Read,
@@ -87,6 +94,17 @@ pub struct Stream {
     to_process: Buffer,
     input_ended: bool,
     output: Output,
+    /// How much of the header is still to be sent. The host waits for every stream by its header, so until
+    /// then the connection is kept, whatever becomes of the process.
+    header_left: usize,
+    /// When the process has ended: how many of the next bytes to the host are its own.
+    owed: Option<usize>,
+    /// When its descendants are no longer followed.
+    deadline: Option<Instant>,
+    /// Nobody has the terminal open. Its hang-up is reported as long as that lasts, so it is waited for by edge.
+    unopened: bool,
+    /// Ends that are done with, and still in epoll.
+    dropped: Vec<End>,
 }
 
 impl Stream {
@@ -109,6 +127,11 @@ impl Stream {
             to_process: Buffer::default(),
             input_ended: !direction.has_input(),
             output: if direction.has_output() { Output::Flowing } else { Output::Read },
+            header_left: STREAM_HEADER_LEN,
+            owed: None,
+            deadline: None,
+            unopened: false,
+            dropped: Vec::new(),
         }
     }
 
@@ -125,9 +148,15 @@ impl Stream {
         }
     }
 
-    /// Whether the host has got all it shall get.
+    /// Whether the host has got all that the process itself has written.
     pub fn is_settled(&self) -> bool {
         self.output == Output::Sent
+            || (self.direction == Direction::Output && self.header_left == 0 && self.owed == Some(0))
+    }
+
+    /// When [`Stream::expire`] is to be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
     }
 
     /// Whether nothing is left to do.
@@ -149,7 +178,7 @@ impl Stream {
         if self.direction.has_input() {
             if self.direction == Direction::Input && ready.contains(EpollFlags::EPOLLERR) {
                 // Nobody reads the pipe any more.
-                self.close();
+                self.close_input();
             } else if ready.contains(EpollFlags::EPOLLOUT) {
                 self.write_local();
             }
@@ -161,7 +190,7 @@ impl Stream {
         let Some(connection) = &self.connection else { return };
         if !self.connected {
             if connection_error(&connection.descriptor).is_err() {
-                self.close();
+                self.break_off();
                 return;
             }
             self.connected = ready.contains(EpollFlags::EPOLLOUT);
@@ -174,23 +203,20 @@ impl Stream {
         } else if ready.contains(EpollFlags::EPOLLERR)
             || (self.direction == Direction::Output && ready.contains(EpollFlags::EPOLLHUP))
         {
-            self.close();
+            self.break_off();
         }
     }
 
-    /// The process has ended: bring what it wrote to the host, and nothing more.
+    /// The process has ended: bring what it wrote to the host, and for a while what its descendants write.
     pub fn process_ended(&mut self) {
         match (self.direction, &self.local) {
-            (Direction::Input, _) => self.close(),
+            (Direction::Input, _) => self.close_input(),
             (_, None) => self.output_read(),
             (Direction::Output, Some(pipe)) => {
                 // Whatever orphans write from here on comes behind these bytes.
                 let left = readable_bytes(&pipe.descriptor).unwrap_or(0);
-                match (self.output, left) {
-                    (Output::Flowing, 0) => self.output = Output::Read,
-                    (Output::Flowing, _) => self.output = Output::Draining(left),
-                    _ => {}
-                }
+                self.owed = Some(self.to_host.len() + left);
+                self.deadline = (self.output == Output::Flowing).then(|| Instant::now() + GRACE);
                 self.read_local();
                 self.write_connection();
             }
@@ -205,8 +231,20 @@ impl Stream {
         }
     }
 
+    /// The grace of the process's descendants is over.
+    pub fn expire(&mut self) {
+        if self.deadline.take().is_none() || self.output != Output::Flowing {
+            return;
+        }
+        match self.owed.unwrap_or(0).saturating_sub(self.to_host.len()) {
+            0 => self.output_read(),
+            left => self.output = Output::Draining(left),
+        }
+    }
+
     /// Tells epoll what the stream waits for next.
     pub fn arm(&mut self, poller: &Poller) -> nix::Result<()> {
+        self.forget_dropped(poller);
         let (local_wants, connection_wants) = (self.local_interest(), self.connection_interest());
         if let Some(End { descriptor, interest }) = &mut self.local {
             poller.change(descriptor, Target::Local(self.id), interest, local_wants)?;
@@ -217,6 +255,30 @@ impl Stream {
         Ok(())
     }
 
+    /// Takes the stream out of epoll, before it is dropped.
+    pub fn release(&mut self, poller: &Poller) {
+        self.drop_local();
+        self.drop_connection();
+        self.forget_dropped(poller);
+    }
+
+    /// Closing a descriptor is not enough for epoll: a child that was forked meanwhile may have a copy.
+    fn forget_dropped(&mut self, poller: &Poller) {
+        for End { descriptor, interest } in self.dropped.drain(..) {
+            if interest.is_some() {
+                poller.remove(&descriptor);
+            }
+        }
+    }
+
+    fn drop_local(&mut self) {
+        self.dropped.extend(self.local.take());
+    }
+
+    fn drop_connection(&mut self) {
+        self.dropped.extend(self.connection.take());
+    }
+
     /// An end that is read is taken out of epoll while it is not: a hang-up would be reported without end.
     /// One that is only written stays, so that its breaking is noticed.
     fn local_interest(&self) -> Option<EpollFlags> {
@@ -224,6 +286,7 @@ impl Stream {
         let mut wanted = EpollFlags::empty();
         wanted.set(EpollFlags::EPOLLIN, discarding || (self.reads_local() && !self.to_host.is_full()));
         wanted.set(EpollFlags::EPOLLOUT, !self.to_process.is_empty());
+        wanted.set(EpollFlags::EPOLLET, self.unopened);
         (!wanted.is_empty() || self.direction == Direction::Input).then_some(wanted)
     }
 
@@ -251,10 +314,13 @@ impl Stream {
         };
         let full = self.to_host.is_full();
         match (self.to_host.fill(&local.descriptor, limit), self.output) {
+            // Its process may open the terminal again.
+            (Step::Ended, Output::Flowing) if self.direction == Direction::Terminal => self.unopened = true,
             (Step::Ended, _) => {
-                self.local = None;
+                self.drop_local();
                 self.output_read();
             }
+            (Step::Moved(_), Output::Flowing) => self.unopened = false,
             (Step::Moved(count), Output::Draining(left)) if count < left => {
                 self.output = Output::Draining(left - count);
             }
@@ -274,28 +340,38 @@ impl Stream {
 
     /// Closes the connection once all is sent. A terminal's is closed with the terminal.
     fn settle(&mut self) {
-        if self.output != Output::Read || !self.to_host.is_empty() || !self.direction.has_output() {
+        if self.output != Output::Read || !self.to_host.is_empty() {
+            return;
+        }
+        if !self.direction.has_output() && self.local.is_some() {
             return;
         }
         self.output = Output::Sent;
-        if let Some(connection) = self.connection.take() {
+        if let Some(connection) = &self.connection {
             // The connection may be broken already, which comes to the same.
             let _ = socket::shutdown(connection.descriptor.as_raw_fd(), SocketShutdown::Write);
         }
+        self.drop_connection();
         if self.direction == Direction::Terminal {
             // As with any engine, who still sits at the terminal gets SIGHUP.
-            self.local = None;
+            self.drop_local();
         }
     }
 
     fn write_connection(&mut self) {
         let Some(connection) = &self.connection else { return };
-        if self.connected
-            && !self.to_host.is_empty()
-            && self.to_host.drain(&connection.descriptor) == Step::Ended
-        {
-            self.close();
-            return;
+        if self.connected && !self.to_host.is_empty() {
+            match self.to_host.drain(&connection.descriptor) {
+                Step::Moved(count) => {
+                    self.header_left = self.header_left.saturating_sub(count);
+                    self.owed = self.owed.map(|owed| owed.saturating_sub(count));
+                }
+                Step::Blocked => {}
+                Step::Ended => {
+                    self.break_off();
+                    return;
+                }
+            }
         }
         self.settle();
     }
@@ -311,27 +387,193 @@ impl Stream {
         let Some(local) = &self.local else { return };
         if !self.to_process.is_empty() && self.to_process.drain(&local.descriptor) == Step::Ended {
             self.to_process = Buffer::default();
-            self.input_ended = true;
+            // A terminal that nobody has open may be opened again.
+            self.input_ended = self.direction == Direction::Input;
         }
         if self.input_ended && self.to_process.is_empty() && self.direction == Direction::Input {
             // The end of the input is passed on as a closed pipe.
-            self.close();
+            self.close_input();
         }
     }
 
     fn discard(&mut self) {
         let Some(local) = &self.local else { return };
         if Buffer::default().fill(&local.descriptor, CAPACITY) == Step::Ended {
-            self.local = None;
+            self.drop_local();
         }
     }
 
-    /// Drops both ends, whatever they still hold.
-    fn close(&mut self) {
-        self.local = None;
-        self.connection = None;
+    /// Closes the pipe of an input, and the connection when the host knows it.
+    fn close_input(&mut self) {
+        self.drop_local();
+        self.to_process = Buffer::default();
+        self.input_ended = true;
+        self.settle();
+    }
+
+    /// Drops both ends, whatever they still hold: the connection is of no use.
+    fn break_off(&mut self) {
+        self.drop_local();
+        self.drop_connection();
         self.to_host = Buffer::default();
         self.input_ended = true;
         self.output = Output::Sent;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::process::terminal::Terminal;
+
+    const TOKEN: [u8; 16] = [7; 16];
+    const CONNECTED: EpollFlags = EpollFlags::EPOLLOUT;
+    const READABLE: EpollFlags = EpollFlags::EPOLLIN;
+
+    /// A stream whose connection is still under way, and the host's end of it.
+    fn stream(direction: Direction, local: Option<OwnedFd>) -> (Stream, UnixStream) {
+        let (host, guest) = UnixStream::pair().unwrap();
+        guest.set_nonblocking(true).unwrap();
+        (Stream::new(StreamId(1), direction, guest.into(), local, StreamToken(TOKEN)), host)
+    }
+
+    fn output() -> (Stream, UnixStream, std::io::PipeWriter) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let reader: OwnedFd = reader.into();
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&reader, flags).unwrap();
+        let (stream, host) = stream(Direction::Output, Some(reader));
+        (stream, host, writer)
+    }
+
+    fn receive(host: &mut UnixStream, expected: &[u8]) {
+        let mut bytes = vec![0; expected.len()];
+        host.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, expected);
+    }
+
+    fn assert_closed(host: &mut UnixStream) {
+        assert_eq!(host.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_input_that_ends_before_it_is_connected_is_still_announced() {
+        let poller = Poller::new().unwrap();
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let (mut stream, mut host) = stream(Direction::Input, Some(writer.into()));
+        stream.process_ended();
+        stream.arm(&poller).unwrap();
+        assert!(!stream.is_settled() && !stream.is_finished());
+        stream.on_connection(CONNECTED);
+        stream.arm(&poller).unwrap();
+        receive(&mut host, &TOKEN);
+        assert_closed(&mut host);
+        assert!(stream.is_settled() && stream.is_finished());
+    }
+
+    #[test]
+    fn an_input_that_nobody_reads_is_announced_too() {
+        let poller = Poller::new().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let (mut stream, mut host) = stream(Direction::Input, Some(writer.into()));
+        drop(reader);
+        stream.on_local(EpollFlags::EPOLLERR);
+        stream.on_connection(CONNECTED);
+        stream.arm(&poller).unwrap();
+        receive(&mut host, &TOKEN);
+        assert_closed(&mut host);
+    }
+
+    #[test]
+    fn what_descendants_write_follows_what_the_process_wrote() {
+        let poller = Poller::new().unwrap();
+        let (mut stream, mut host, mut writer) = output();
+        writer.write_all(b"own").unwrap();
+        stream.process_ended();
+        assert!(!stream.is_settled(), "nothing is sent yet");
+        stream.on_connection(CONNECTED);
+        assert!(stream.is_settled(), "the process's own output is sent");
+        writer.write_all(b"late").unwrap();
+        stream.on_local(READABLE);
+        drop(writer);
+        stream.on_local(EpollFlags::EPOLLHUP);
+        stream.arm(&poller).unwrap();
+        receive(&mut host, &[&TOKEN[..], b"ownlate"].concat());
+        assert_closed(&mut host);
+        assert!(stream.is_finished());
+    }
+
+    #[test]
+    fn the_grace_of_descendants_ends() {
+        let poller = Poller::new().unwrap();
+        let (mut stream, mut host, mut writer) = output();
+        stream.on_connection(CONNECTED);
+        assert_eq!(stream.deadline(), None);
+        writer.write_all(b"own").unwrap();
+        stream.process_ended();
+        assert!(stream.deadline().is_some());
+        stream.expire();
+        stream.arm(&poller).unwrap();
+        assert_eq!(stream.deadline(), None);
+        receive(&mut host, &[&TOKEN[..], b"own"].concat());
+        assert_closed(&mut host);
+        // A daemon may write on, into the void.
+        writer.write_all(b"daemon").unwrap();
+        stream.on_local(READABLE);
+        assert!(!stream.is_finished());
+    }
+
+    #[test]
+    fn what_is_owed_is_read_even_after_the_grace() {
+        let poller = Poller::new().unwrap();
+        let (mut stream, mut host, mut writer) = output();
+        // With the header the buffer cannot hold all of it at once.
+        let own = vec![b'o'; CAPACITY];
+        writer.write_all(&own).unwrap();
+        stream.process_ended();
+        stream.expire();
+        assert!(!stream.is_settled());
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            host.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        while stream.connection.is_some() {
+            stream.on_connection(CONNECTED);
+            stream.on_local(READABLE);
+            stream.arm(&poller).unwrap();
+        }
+        assert_eq!(reader.join().unwrap().len(), STREAM_HEADER_LEN + CAPACITY);
+        // The daemon's end of the pipe is still open.
+        writer.write_all(b"daemon").unwrap();
+    }
+
+    #[test]
+    fn a_terminal_outlives_a_moment_without_anybody_at_it() {
+        let poller = Poller::new().unwrap();
+        let root = crate::container::tree::Tree::open(std::path::Path::new("/")).unwrap();
+        let Terminal { master, slave } = Terminal::open(&root).unwrap();
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&master, flags).unwrap();
+        let again = master.try_clone().unwrap();
+        let (mut stream, mut host) = stream(Direction::Terminal, None);
+        stream.set_terminal(master);
+        stream.on_connection(CONNECTED);
+        drop(slave);
+        stream.on_local(EpollFlags::EPOLLHUP);
+        stream.arm(&poller).unwrap();
+        // The hang-up is told once, and not again and again.
+        while !poller.wait(Some(Duration::ZERO)).unwrap().is_empty() {
+            stream.on_local(EpollFlags::EPOLLHUP);
+            stream.arm(&poller).unwrap();
+        }
+        let slave = crate::sys::process::open_terminal_peer(&again).unwrap();
+        std::fs::File::from(slave.try_clone().unwrap()).write_all(b"back").unwrap();
+        assert!(!poller.wait(None).unwrap().is_empty());
+        stream.on_local(READABLE);
+        receive(&mut host, &[&TOKEN[..], b"back"].concat());
     }
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 use rvm_protocol::{AgentErrorKind, ExitStatus, ProcessId, Reply, Request};
 use serde_json::json;
 
-use crate::host::{Host, Streams, container, process, read_until, shell};
+use crate::host::{Host, Streams, container, process, read_all, read_until, shell};
 
 crate::tests![
     an_exec_lives_in_the_container,
@@ -14,7 +14,9 @@ crate::tests![
     a_real_time_signal_ends_an_exec_like_any_other,
     orphans_of_an_exec_do_not_hold_it_up,
     orphans_of_an_exec_may_go_on_writing,
+    what_descendants_of_an_exec_write_follows_its_end,
     an_exec_ends_with_the_container_and_is_told_first,
+    output_of_an_exec_that_nobody_reads_does_not_hold_the_container,
     a_signal_reaches_all,
     processes_are_listed_as_the_container_sees_them,
     limits_that_the_kernel_lacks_are_refused,
@@ -103,6 +105,25 @@ fn orphans_of_an_exec_may_go_on_writing() {
     let waiting = host.run_exec(3, &shell("while [ ! -s /tmp/result ]; do sleep 0.1; done; cat /tmp/result"));
     assert_eq!(waiting.success(), "alive\n");
     end((host, streams));
+}
+
+fn what_descendants_of_an_exec_write_follows_its_end() {
+    let (mut host, streams) = running();
+    let fifo = host.rootfs().join("tmp/gate");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+    let exec = host.exec(1, &shell("(read x; echo late) < /tmp/gate & echo early")).unwrap();
+    assert_eq!(host.exited(ProcessId(1)), ExitStatus::Code(0));
+    std::fs::OpenOptions::new().write(true).open(&fifo).unwrap().write_all(b"go\n").unwrap();
+    assert_eq!(read_all(host.stdout(&exec)).join().unwrap(), "early\nlate\n");
+    end((host, streams));
+}
+
+fn output_of_an_exec_that_nobody_reads_does_not_hold_the_container() {
+    let (mut host, _streams) = running();
+    let exec = host.exec(1, &shell("echo on; cat /dev/zero")).unwrap();
+    read_until(&mut host.stdout(&exec), "on");
+    host.signal(0, libc::SIGKILL, false).unwrap();
+    assert_eq!(host.order_of_ends(2), [ProcessId(1), ProcessId::INIT]);
 }
 
 fn an_exec_ends_with_the_container_and_is_told_first() {
