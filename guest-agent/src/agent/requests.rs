@@ -8,7 +8,7 @@ use rvm_protocol::{
 };
 
 use super::{Agent, Managed, State, no_container};
-use crate::container::{Container, processes};
+use crate::container::{self, Container, processes};
 use crate::error::{Context, Result, other};
 use crate::network;
 use crate::process::Place;
@@ -30,7 +30,10 @@ impl Agent {
             Request::Signal { process, signal, all } => self.signal(process, signal, all),
             Request::Resize { process, rows, columns } => self.resize(process, rows, columns),
             Request::List => self.list(),
-            Request::Sync => self.sync(),
+            Request::Sync => {
+                container::sync();
+                Ok(Reply::Done)
+            }
             Request::Update { resources } => self.update(&resources),
             Request::Network(config) => network::configure(&config).map(|()| Reply::Done),
             Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
@@ -89,13 +92,6 @@ impl Agent {
 
     fn list(&self) -> Result<Reply> {
         Ok(Reply::Processes(processes::list(self.running_container()?)))
-    }
-
-    fn sync(&self) -> Result<Reply> {
-        if let Some(container) = &self.container {
-            container.sync();
-        }
-        Ok(Reply::Done)
     }
 
     fn update(&mut self, resources: &str) -> Result<Reply> {

@@ -15,11 +15,9 @@ pub mod sysctl;
 pub mod tree;
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use nix::fcntl::{self, OFlag};
 use nix::mount::{MntFlags, MsFlags};
-use nix::sys::stat::Mode;
 use nix::unistd;
 use oci_spec::runtime::{LinuxIdMapping, Process, Spec};
 use rvm_protocol::{ROOTFS_TAG, StartContainer};
@@ -131,26 +129,21 @@ impl Container {
     /// written to the host.
     pub fn finish(&self) {
         self.cgroup.kill_all();
-        sync_root(&self.settings.pristine);
-        // The container's own copy of the mount went with its namespace.
+        // The container's own copy of the mount went with its namespace, so this is the last: the kernel writes
+        // what is dirty in mapped files before it returns. All else is on the host already, for virtio-fs caches
+        // no writes. To ask the host for a sync would be to wait for all that the whole host has written.
         let _ = nix::mount::umount2(&self.settings.pristine, MntFlags::MNT_DETACH);
     }
+}
 
-    /// Brings everything that was written to the host.
-    pub fn sync(&self) {
-        sync_root(&self.settings.pristine);
-    }
+/// Brings everything that was written to the host: in the root file system and in the volumes, each of which is
+/// a file system of its own below it.
+pub fn sync() {
+    unistd::sync();
 }
 
 fn make_sysfs() -> Result<OwnedFd> {
     FileSystem::open("sysfs").and_then(|sysfs| sysfs.mount()).context(|| "making a sysfs for the container")
-}
-
-fn sync_root(pristine: &Path) {
-    if let Ok(root) = fcntl::open(pristine, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) {
-        // A host that serves no such request has nothing to write back.
-        let _ = unistd::syncfs(root);
-    }
 }
 
 fn mount_pristine(settings: &Settings) -> Result<()> {
