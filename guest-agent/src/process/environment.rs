@@ -1,8 +1,9 @@
 //! The environment of a process.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::OpenOptionsExt;
 
 use crate::error::{Result, other};
 
@@ -38,7 +39,7 @@ impl Environment {
     /// Sets `HOME` where it is not set, from the container's user database.
     pub fn set_home(&mut self, user: u32) {
         if self.get("HOME").is_none_or(str::is_empty) {
-            let home = File::open("/etc/passwd").ok().and_then(|file| home(file, user));
+            let home = open_regular("/etc/passwd").and_then(|file| home(file, user));
             self.variables.retain(|variable| name(variable) != "HOME");
             self.variables.push(format!("HOME={}", home.as_deref().unwrap_or("/")));
         }
@@ -62,6 +63,14 @@ pub fn c_strings(texts: &[String], what: &str) -> Result<Vec<CString>> {
 
 fn name(variable: &str) -> &str {
     variable.split_once('=').map_or(variable, |(name, _)| name)
+}
+
+/// Opens what is an ordinary file, and nothing else: an image may hold a FIFO in its place, whose opening would
+/// wait for a writer.
+fn open_regular(path: &str) -> Option<File> {
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()?;
+    file.metadata().ok()?.is_file().then_some(file)
 }
 
 /// The home directory of a user in a passwd(5) file.
@@ -103,6 +112,16 @@ mod tests {
         let mut environment = Environment::of(&["HOME=/x".to_owned()]);
         environment.set_home(0);
         assert_eq!(environment.get("HOME"), Some("/x"));
+    }
+
+    #[test]
+    fn only_an_ordinary_file_is_a_user_database() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("passwd");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(open_regular(path.to_str().unwrap()).is_none());
+        assert!(open_regular("/dev/null").is_none());
+        assert!(open_regular("/etc/passwd").is_some());
     }
 
     #[test]
