@@ -10,6 +10,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
@@ -96,9 +97,30 @@ impl Cgroup {
             self.kill_all();
             return;
         }
+        let freeze = self.path.join("cgroup.freeze");
+        // Otherwise a process could fork between the reading of the list and its signal, and the child miss it.
+        let frozen_already = fs::read_to_string(&freeze).is_ok_and(|state| state.trim() == "1");
+        if !frozen_already && fs::write(&freeze, "1").is_ok() {
+            self.wait_until_frozen();
+        }
         for pid in self.processes() {
             // It may have ended since the list was read.
             let _ = send_signal(pid, signal);
+        }
+        if !frozen_already {
+            let _ = fs::write(&freeze, "0");
+        }
+    }
+
+    /// Freezing takes as long as the slowest process is in the kernel. One that is stuck there cannot fork either,
+    /// so it is not waited for long.
+    fn wait_until_frozen(&self) {
+        for _ in 0..50 {
+            let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
+            if events.lines().any(|line| line == "frozen 1") {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
