@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 use rvm_protocol::{
     AgentError, AgentErrorKind, CONTROL_PORT, ExitStatus, FromAgent, ProcessId, Reply, VERSION,
 };
@@ -21,7 +20,7 @@ use crate::event::{Poller, Target};
 use crate::host::Host;
 use crate::process::channel::AgentEnd;
 use crate::stream::{GRACE, Stream, StreamId};
-use crate::sys::process::{ANY, reap};
+use crate::sys::process::{Child, find_ended, reap};
 
 mod launches;
 mod requests;
@@ -45,7 +44,7 @@ pub struct Agent {
 
 /// A process that the host started.
 struct Managed {
-    pid: Pid,
+    child: Child,
     state: State,
     streams: Vec<StreamId>,
     /// Size of its terminal, kept until there is one.
@@ -210,17 +209,21 @@ impl Agent {
     /// agent is as PID 1.
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.signals.read_signal() {}
-        while let Some((pid, status)) = reap(ANY) {
-            let found = self.processes.iter().find(|(_, process)| process.pid == pid).map(|(id, _)| *id);
+        while let Some(pid) = find_ended() {
+            let found =
+                self.processes.iter().find(|(_, process)| process.child.pid == pid).map(|(id, _)| *id);
             if let Some(id) = found {
+                // The news of its launch come first, for the host hears of a process in that order; and while the
+                // process is not reaped, they can be told from its state.
+                self.follow_launch(id);
+            }
+            if let (Some(status), Some(id)) = (reap(pid), found) {
                 self.end_process(id, status);
             }
         }
     }
 
     fn end_process(&mut self, id: ProcessId, status: ExitStatus) {
-        // The news of its launch come first, for the host hears of a process in that order.
-        self.follow_launch(id);
         let Some(process) = self.processes.get_mut(&id) else { return };
         process.state = State::Ended(status);
         for stream in process.streams.clone() {

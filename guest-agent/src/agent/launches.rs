@@ -15,18 +15,18 @@ use crate::process::channel::Message;
 use crate::process::launch::{ChildStreams, Launch, Launched, Place};
 use crate::process::{launch, terminal};
 use crate::stream::{Direction, Stream, StreamId};
-use crate::sys::process::{send_signal, set_terminal_size};
+use crate::sys::process::{has_executed, send_signal_to, set_terminal_size};
 
 impl Agent {
     /// Takes the messages of a child that is on its way to its program.
     pub(super) fn follow_launch(&mut self, id: ProcessId) {
         loop {
-            let Some(Managed { state: State::Launching { request, channel }, pid, .. }) =
+            let Some(Managed { state: State::Launching { request, channel }, child, .. }) =
                 self.processes.get(&id)
             else {
                 return;
             };
-            let (request, guest_pid) = (*request, pid.as_raw());
+            let (request, pid) = (*request, child.pid);
             match channel.receive() {
                 None => return,
                 Some(Message::Terminal(master)) => {
@@ -39,12 +39,18 @@ impl Agent {
                     self.abandon(id);
                     self.reply(request, Err(error));
                 }
+                // A set-up that could not even report, for a filter forbids that, has not come to its program.
+                Some(Message::Closed) if !has_executed(pid) => {
+                    self.abandon(id);
+                    let error = other("the process ended before it came to its program");
+                    self.reply(request, Err(error));
+                }
                 Some(Message::Closed) => {
                     self.poller.remove(&channel.0);
                     if let Some(process) = self.processes.get_mut(&id) {
                         process.state = State::Running;
                     }
-                    self.reply(request, Ok(Reply::Started { guest_pid }));
+                    self.reply(request, Ok(Reply::Started { guest_pid: pid.as_raw() }));
                 }
             }
         }
@@ -53,7 +59,8 @@ impl Agent {
     /// Forgets a process that never came to its program.
     pub(super) fn abandon(&mut self, id: ProcessId) {
         if let Some(process) = self.processes.remove(&id) {
-            let _ = send_signal(process.pid, libc::SIGKILL);
+            // It may have ended by itself.
+            let _ = send_signal_to(&process.child.descriptor, libc::SIGKILL);
             if let State::Launching { channel, .. } = &process.state {
                 self.poller.remove(&channel.0);
             }
@@ -108,18 +115,19 @@ impl Agent {
             StandardStreams::Terminal { rows, columns, .. } => (rows, columns),
             StandardStreams::Pipes { .. } => (0, 0),
         };
-        let pid = child.pid;
+        let init = (place == Place::New).then(|| child.try_clone()).transpose();
         let watched = self.poller.add(&channel.0, Target::Setup(id), EpollFlags::EPOLLIN);
         let state = State::Launching { request, channel };
-        self.processes.insert(id, Managed { pid, state, streams: opened, size });
-        if place == Place::New
-            && let Some(container) = &mut self.container
-        {
-            container.init = Some(child);
-        }
-        if let Err(errno) = watched {
+        self.processes.insert(id, Managed { child, state, streams: opened, size });
+        let prepared = init.context(|| "keeping hold of the process").and_then(|init| {
+            if let (Some(init), Some(container)) = (init, &mut self.container) {
+                container.init = Some(init);
+            }
+            watched.context(|| "waiting for the process to start")
+        });
+        if let Err(error) = prepared {
             self.abandon(id);
-            return Err(errno).context(|| "waiting for the process to start");
+            return Err(error);
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use crate::error::{Context, Result, other};
 use crate::network;
 use crate::process::Place;
 use crate::stream::Stream;
-use crate::sys::process::{send_signal, set_terminal_size};
+use crate::sys::process::{send_signal_to, set_terminal_size};
 
 impl Agent {
     /// Does what a message asks for, and answers, unless the answer follows later.
@@ -67,8 +67,8 @@ impl Agent {
         if all {
             self.running_container()?.cgroup.signal_all(signal);
         } else {
-            let pid = self.alive(id)?.pid;
-            send_signal(pid, signal).context(|| format!("sending signal {signal}"))?;
+            send_signal_to(&self.alive(id)?.child.descriptor, signal)
+                .context(|| format!("sending signal {signal}"))?;
         }
         Ok(Reply::Done)
     }

@@ -1,8 +1,8 @@
 //! The set-up channel between the agent and a child that has not executed its program yet.
 //!
 //! A pair of packet sockets. The agent says *go* when it has done what only it can do from outside. The
-//! child may send a terminal; it sends an error if a step fails; and `execve` closes its end, which tells the
-//! agent that the program runs.
+//! child may send a terminal; it sends an error if a step fails; and `execve` closes its end. So does its death:
+//! whether a program runs is then asked of the kernel.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -12,7 +12,8 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
 };
-use rvm_protocol::{AgentError, AgentErrorKind};
+use nix::unistd;
+use rvm_protocol::{AgentError, FrameReader, frame};
 
 use crate::error::{Context, Result, other};
 
@@ -23,6 +24,9 @@ const ERROR: u8 = b'E';
 /// An error's message is cut to this, which a packet socket takes for certain.
 const MAX_MESSAGE: usize = 8 << 10;
 
+/// What comes on top of an error's message: this channel's letter, the frame, the kind, the message's length.
+const OVERHEAD: usize = 32;
+
 /// What a child says.
 #[derive(Debug)]
 pub enum Message {
@@ -30,7 +34,7 @@ pub enum Message {
     Terminal(OwnedFd),
     /// A step failed; the child ends.
     Failed(AgentError),
-    /// The program runs, or the child was killed: its end will tell.
+    /// The program runs, or the child has ended without a word.
     Closed,
 }
 
@@ -53,7 +57,7 @@ impl AgentEnd {
 
     /// The next message, if there is one.
     pub fn receive(&self) -> Option<Message> {
-        let mut bytes = vec![0; MAX_MESSAGE + 2];
+        let mut bytes = vec![0; MAX_MESSAGE + OVERHEAD];
         match receive(&self.0, &mut bytes, MsgFlags::MSG_DONTWAIT) {
             Ok((length, descriptor)) => Some(decode(&bytes[..length], descriptor)),
             Err(Errno::EAGAIN | Errno::EINTR) => None,
@@ -80,9 +84,10 @@ impl ChildEnd {
         send(&self.0, &[TERMINAL], Some(master.as_raw_fd())).context(|| "handing the terminal over")
     }
 
-    /// Tells what went wrong. There is nobody to tell if that fails too.
+    /// Tells what went wrong. There is nobody to tell if that fails too. By now a seccomp filter may be in force:
+    /// more of them allow write(2) than sendmsg(2).
     pub fn send_error(&self, error: &AgentError) {
-        let _ = send(&self.0, &encode_error(error), None);
+        let _ = unistd::write(&self.0, &encode_error(error));
     }
 }
 
@@ -112,38 +117,39 @@ fn receive(socket: &OwnedFd, bytes: &mut [u8], flags: MsgFlags) -> nix::Result<(
 }
 
 fn encode_error(error: &AgentError) -> Vec<u8> {
-    let kind = match error.kind {
-        AgentErrorKind::NotFound => 0,
-        AgentErrorKind::NotExecutable => 1,
-        AgentErrorKind::NoSuchProcess => 2,
-        AgentErrorKind::Other => 3,
-    };
-    let text = error.message.as_bytes();
-    let mut bytes = vec![ERROR, kind];
-    bytes.extend_from_slice(&text[..text.len().min(MAX_MESSAGE)]);
+    let mut error = error.clone();
+    let whole = |end: &usize| error.message.is_char_boundary(*end);
+    let end = (0..=MAX_MESSAGE.min(error.message.len())).rev().find(whole).unwrap_or(0);
+    error.message.truncate(end);
+    let mut bytes = vec![ERROR];
+    // What is cut to that length can be encoded.
+    bytes.extend(frame::encode(&error).unwrap_or_default());
     bytes
 }
 
 fn decode(bytes: &[u8], descriptor: Option<OwnedFd>) -> Message {
     match (bytes, descriptor) {
         ([TERMINAL], Some(master)) => Message::Terminal(master),
-        ([ERROR, kind, text @ ..], _) => Message::Failed(AgentError {
-            kind: match kind {
-                0 => AgentErrorKind::NotFound,
-                1 => AgentErrorKind::NotExecutable,
-                2 => AgentErrorKind::NoSuchProcess,
-                _ => AgentErrorKind::Other,
-            },
-            message: String::from_utf8_lossy(text).into_owned(),
-        }),
+        ([ERROR, error @ ..], _) => Message::Failed(decode_error(error)),
         ([], _) => Message::Closed,
-        _ => Message::Failed(other("the process's set-up sent what makes no sense")),
+        _ => Message::Failed(nonsense()),
     }
+}
+
+fn decode_error(bytes: &[u8]) -> AgentError {
+    let mut reader = FrameReader::new();
+    reader.push(bytes);
+    reader.next_message().ok().flatten().unwrap_or_else(nonsense)
+}
+
+fn nonsense() -> AgentError {
+    other("the process's set-up sent what makes no sense")
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rvm_protocol::AgentErrorKind;
 
     use super::*;
 

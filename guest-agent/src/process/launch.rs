@@ -28,7 +28,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::tree::Tree;
 use crate::container::{Container, hooks, namespaces, rootfs};
 use crate::error::{Context, Result, other};
-use crate::sys::process::{Child, close_on_exec_from, fork_into};
+use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into};
 
 /// Set in a child, for the panic hook: a child must not take the guest down.
 pub static IS_CHILD: AtomicBool = AtomicBool::new(false);
@@ -169,6 +169,7 @@ fn be_child(plan: Launch<'_>, channel: &ChildEnd) -> ! {
 }
 
 fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible> {
+    close_agents_descriptors(&plan, channel)?;
     restore_signals()?;
     // Until execve, the process is the agent's image within reach of the container's processes: none of them
     // may look into it, nor open its program through /proc.
@@ -207,6 +208,20 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
         install(filter)?;
     }
     execute(&program, arguments, &environment)
+}
+
+/// Lets go of the agent's connections, and of the streams of other processes: they must close when the agent
+/// closes them, and be out of reach while the process makes its way into the container.
+fn close_agents_descriptors(plan: &Launch<'_>, channel: &ChildEnd) -> Result<()> {
+    let mut keep = vec![channel.0.as_fd()];
+    if let ChildStreams::Files { stdin, stdout, stderr } = &plan.streams {
+        keep.extend([stdin, stdout, stderr].map(OwnedFd::as_fd));
+    }
+    keep.extend(plan.container.init.as_ref().map(|init| init.descriptor.as_fd()));
+    keep.extend(plan.container.sysfs.as_ref().map(OwnedFd::as_fd));
+    // SAFETY: of the agent's state, of which this process has a copy, nothing but the above is used or dropped: the
+    // process ends by execve or _exit.
+    unsafe { close_all_but(&keep) }.context(|| "closing the agent's descriptors")
 }
 
 /// The agent blocks and ignores signals, which `execve` would pass on.

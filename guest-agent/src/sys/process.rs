@@ -17,6 +17,13 @@ pub struct Child {
     pub descriptor: OwnedFd,
 }
 
+impl Child {
+    /// A second handle on the same child.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self { pid: self.pid, descriptor: self.descriptor.try_clone()? })
+    }
+}
+
 /// Forks into a cgroup and into new namespaces, in one step. Returns `None` in the child.
 ///
 /// # Safety
@@ -47,18 +54,31 @@ pub unsafe fn fork_into(cgroup: BorrowedFd<'_>, namespaces: CloneFlags) -> nix::
 /// Of `clone3(2)` only; above the 32 bits of the older call's flags.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Names every child, for [`reap`].
-pub const ANY: Pid = Pid::from_raw(-1);
+/// A child that has ended and is not yet reaped, if there is one: until it is, its id names it.
+pub fn find_ended() -> Option<Pid> {
+    loop {
+        // SAFETY: all fields are integers or pointers that nobody follows, for which zero is a value.
+        let mut information: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: the kernel writes one `siginfo_t`.
+        match Errno::result(unsafe { libc::waitid(libc::P_ALL, 0, &raw mut information, options) }) {
+            Err(Errno::EINTR) => {}
+            Err(_) => return None,
+            // SAFETY: for waitid(2) the kernel fills in the fields of SIGCHLD, or none, which leaves a zero.
+            Ok(_) => return Some(unsafe { information.si_pid() }).filter(|pid| *pid > 0).map(Pid::from_raw),
+        }
+    }
+}
 
-/// Takes the end of a child, if one has ended, without waiting. The status is decoded here because nix knows no
-/// real-time signals, and would lose the end of a process that one of them killed.
-pub fn reap(child: Pid) -> Option<(Pid, ExitStatus)> {
+/// Reaps a child that has ended. The status is decoded here because nix knows no real-time signals, and would
+/// lose the end of a process that one of them killed.
+pub fn reap(child: Pid) -> Option<ExitStatus> {
     loop {
         let mut status: libc::c_int = 0;
         // SAFETY: the kernel writes one integer to `status`.
         match Errno::result(unsafe { libc::waitpid(child.as_raw(), &raw mut status, libc::WNOHANG) }) {
             // Without WUNTRACED and WCONTINUED, whatever is told is an end.
-            Ok(pid @ 1..) => return Some((Pid::from_raw(pid), exit_status(status))),
+            Ok(1..) => return Some(exit_status(status)),
             Err(Errno::EINTR) => {}
             Ok(_) | Err(_) => return None,
         }
@@ -71,6 +91,27 @@ fn exit_status(status: libc::c_int) -> ExitStatus {
     } else {
         ExitStatus::Signal(libc::WTERMSIG(status) as u8)
     }
+}
+
+/// Whether a child, which may have ended but is not yet reaped, has executed a program since it was forked.
+pub fn has_executed(child: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{child}/stat")).is_ok_and(|stat| !has_only_forked(&stat))
+}
+
+/// `PF_FORKNOEXEC` among the flags of a line of `/proc/PID/stat` (proc_pid_stat(5)).
+fn has_only_forked(stat: &str) -> bool {
+    const FORKED: u64 = 0x40;
+    // The name may hold anything, but ends with the last parenthesis; the flags are the seventh field after it.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let flags = fields.split_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_none_or(|flags| flags & FORKED != 0)
+}
+
+/// Sends a signal, which may be a real-time one, to the process that a descriptor names.
+pub fn send_signal_to(process: impl AsFd, signal: i32) -> nix::Result<()> {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the descriptor is open for the whole call, and no information about the signal is allowed.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_fd().as_raw_fd(), signal, none, 0) })
 }
 
 /// Sends a signal, which may be a real-time one.
@@ -86,6 +127,34 @@ pub fn set_limit(pid: Pid, resource: u32, soft: u64, hard: u64) -> nix::Result<(
     check(libc::c_long::from(unsafe {
         libc::prlimit64(pid.as_raw(), resource, &raw const limit, std::ptr::null_mut())
     }))
+}
+
+/// Closes every descriptor above the standard streams that is not to be kept.
+///
+/// # Safety
+///
+/// Nothing in the calling process may use, or close, one of the others from here on.
+pub unsafe fn close_all_but(keep: &[BorrowedFd<'_>]) -> nix::Result<()> {
+    for (first, last) in gaps(keep.iter().map(|descriptor| descriptor.as_raw_fd() as u32).collect()) {
+        // SAFETY: the caller vouches that nothing owns these any more.
+        check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+    }
+    Ok(())
+}
+
+/// The ranges of numbers above the standard streams between the ones to be kept.
+fn gaps(mut keep: Vec<u32>) -> Vec<(u32, u32)> {
+    keep.sort_unstable();
+    let mut first = libc::STDERR_FILENO as u32 + 1;
+    let mut gaps = Vec::new();
+    for number in keep {
+        if number > first {
+            gaps.push((first, number - 1));
+        }
+        first = first.max(number + 1);
+    }
+    gaps.push((first, u32::MAX));
+    gaps
 }
 
 /// Marks every descriptor from `first` on to be closed by `execve`.
@@ -227,6 +296,21 @@ pub fn set_domain_name(name: &str) -> nix::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_numbers_are_closed_but_those_to_be_kept() {
+        assert_eq!(gaps(vec![]), [(3, u32::MAX)]);
+        assert_eq!(gaps(vec![7, 3, 4, 7, 1]), [(5, 6), (8, u32::MAX)]);
+    }
+
+    #[test]
+    fn a_process_that_has_only_forked_is_told_from_one_that_has_executed() {
+        let line = |flags: u32| format!("12 (a) b) R 1 12 12 0 -1 {flags} 100 0");
+        assert!(has_only_forked(&line(0x40_0040)));
+        assert!(!has_only_forked(&line(0x40_0000)));
+        assert!(has_only_forked("nonsense"), "an end that cannot be told is no success");
+        assert!(has_executed(nix::unistd::getpid()));
+    }
 
     #[test]
     fn every_way_of_ending_is_decoded() {

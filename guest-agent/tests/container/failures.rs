@@ -1,6 +1,6 @@
 //! What cannot be started, and the words that engines look for.
 
-use rvm_protocol::{AgentErrorKind, ExitStatus, ProcessId, Request};
+use rvm_protocol::{AgentError, AgentErrorKind, ExitStatus, ProcessId, Request, SeccompProgram};
 use serde_json::json;
 
 use crate::host::{Host, container, process, shell};
@@ -15,6 +15,10 @@ crate::tests![
     a_directory_that_cannot_be_entered_is_told,
     a_mount_that_fails_is_told_with_its_place,
     a_configuration_that_is_none_is_told,
+    a_failure_is_told_although_the_filter_forbids_to_send,
+    a_failure_that_cannot_be_told_is_no_start,
+    a_fifo_in_place_of_the_user_database_does_not_block,
+    a_process_that_is_killed_on_its_way_is_no_start,
     a_container_starts_once,
     nothing_runs_before_the_start,
 ];
@@ -85,6 +89,58 @@ fn a_mount_that_fails_is_told_with_its_place() {
 fn a_configuration_that_is_none_is_told() {
     let error = Host::new().start(&json!({ "ociVersion": 7 })).map(drop).unwrap_err();
     assert!(error.message.starts_with("the container's configuration: "), "{error}");
+}
+
+/// A filter that answers these system calls with EPERM, and lets everything else pass.
+fn forbid(calls: &[libc::c_long]) -> SeccompProgram {
+    let instruction = |code: u16, jt: u8, jf: u8, k: u32| {
+        let [a, b] = code.to_le_bytes();
+        let [c, d, e, f] = k.to_le_bytes();
+        [a, b, jt, jf, c, d, e, f]
+    };
+    let (load, equal, give) = (0x20, 0x15, 0x06);
+    let mut program = vec![instruction(load, 0, 0, 0)];
+    for (index, call) in calls.iter().enumerate() {
+        program.push(instruction(equal, (calls.len() - index) as u8, 0, *call as u32));
+    }
+    program.push(instruction(give, 0, 0, libc::SECCOMP_RET_ALLOW));
+    program.push(instruction(give, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32));
+    SeccompProgram { filter: program.concat(), flags: 0 }
+}
+
+fn start_without(calls: &[libc::c_long]) -> AgentError {
+    Host::new().start_with(&container(&process(&["true"])), Some(forbid(calls))).map(drop).unwrap_err()
+}
+
+fn a_failure_is_told_although_the_filter_forbids_to_send() {
+    let error = start_without(&[libc::SYS_execve, libc::SYS_sendmsg, libc::SYS_sendto]);
+    assert_eq!(error.message, "exec /bin/true: operation not permitted");
+}
+
+fn a_failure_that_cannot_be_told_is_no_start() {
+    let error = start_without(&[libc::SYS_execve, libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_write]);
+    assert_eq!(error.message, "the process ended before it came to its program");
+}
+
+fn a_fifo_in_place_of_the_user_database_does_not_block() {
+    let mut host = Host::new();
+    let database = host.rootfs().join("etc/passwd");
+    std::fs::remove_file(&database).unwrap();
+    nix::unistd::mkfifo(&database, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+    assert_eq!(host.run(&container(&shell("echo $HOME"))).success(), "/\n");
+}
+
+fn a_process_that_is_killed_on_its_way_is_no_start() {
+    let mut host = Host::new();
+    let fifo = host.rootfs().join("tmp/gate");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+    let mut spec = container(&process(&["true"]));
+    let command = "echo > /tmp/gate; sleep 1000";
+    spec["hooks"] = json!({ "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", command] }] });
+    let begun = host.begin(&spec);
+    std::fs::read(&fifo).unwrap();
+    let error = host.kill_while_starting(begun);
+    assert_eq!(error.message, "the process ended before it came to its program");
 }
 
 fn a_container_starts_once() {

@@ -166,18 +166,35 @@ impl Host {
 
     /// Sends a request and waits for its answer; events meanwhile are kept.
     pub fn request(&mut self, body: Request) -> Result<Reply, AgentError> {
+        let number = self.send(body);
+        self.answer(number)
+    }
+
+    fn send(&mut self, body: Request) -> u64 {
         let number = self.next_request;
         self.next_request += 1;
         write_frame(&mut self.control, &ToAgent { request: number, body }).unwrap();
-        loop {
-            match read_frame(&mut self.control).unwrap() {
-                FromAgent::Reply { request, result } => {
-                    assert_eq!(request, number);
-                    return result;
-                }
-                event => self.events.push(event),
-            }
-        }
+        number
+    }
+
+    fn answer(&mut self, number: u64) -> Result<Reply, AgentError> {
+        let wanted = |event: &FromAgent| match event {
+            FromAgent::Reply { request, result } if *request == number => Some(result.clone()),
+            _ => None,
+        };
+        self.event(wanted)
+    }
+
+    /// Sends the request to start the container, whose answer is yet to come.
+    pub fn begin(&mut self, spec: &Value) -> u64 {
+        let (_, streams) = self.pipes();
+        self.send(start_request(spec, streams, None))
+    }
+
+    /// Signals a process that a request has begun, and returns how that request failed.
+    pub fn kill_while_starting(&mut self, begun: u64) -> AgentError {
+        self.signal(0, libc::SIGKILL, false).unwrap();
+        self.answer(begun).unwrap_err()
     }
 
     /// Waits for the end of a process.
@@ -223,16 +240,7 @@ impl Host {
         streams: StandardStreams,
         seccomp: Option<SeccompProgram>,
     ) -> Result<(), AgentError> {
-        let start = StartContainer {
-            id: "test".into(),
-            spec: spec.to_string(),
-            streams,
-            network: NetworkConfig::default(),
-            seccomp,
-            hook_state: json!({ "ociVersion": "1.2.0", "id": "test", "bundle": "/bundle" }).to_string(),
-            memory_limit: None,
-        };
-        let started = self.request(Request::Start(Box::new(start)))?;
+        let started = self.request(start_request(spec, streams, seccomp))?;
         assert!(matches!(started, Reply::Started { guest_pid } if guest_pid > 1), "{started:?}");
         Ok(())
     }
@@ -277,6 +285,19 @@ impl Drop for Host {
             assert_eq!(end, "the host closed the control connection");
         }
     }
+}
+
+fn start_request(spec: &Value, streams: StandardStreams, seccomp: Option<SeccompProgram>) -> Request {
+    let start = StartContainer {
+        id: "test".into(),
+        spec: spec.to_string(),
+        streams,
+        network: NetworkConfig::default(),
+        seccomp,
+        hook_state: json!({ "ociVersion": "1.2.0", "id": "test", "bundle": "/bundle" }).to_string(),
+        memory_limit: None,
+    };
+    Request::Start(Box::new(start))
 }
 
 /// Waits for the agent to connect, or to end before it does.
