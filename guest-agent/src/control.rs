@@ -8,6 +8,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::unistd;
 use rvm_protocol::{FrameError, FrameReader, FromAgent, ToAgent, frame};
 
+use crate::error::other;
 use crate::event::{Poller, Target};
 use crate::host::connection_error;
 
@@ -50,10 +51,12 @@ impl Control {
 
     /// Queues a message; it goes out with [`Control::flush`].
     pub fn send(&mut self, message: &FromAgent) {
-        // Only a message above the limit fails to encode, and the agent caps what it puts into one.
-        if let Ok(bytes) = frame::encode(message) {
-            self.outgoing.extend(bytes);
-        }
+        // Nothing but a message over the limit fails to encode, and only answers can grow that large.
+        let encoded = match frame::encode(message) {
+            Ok(bytes) => Some(bytes),
+            Err(error) => instead_of(message, &error).and_then(|message| frame::encode(&message).ok()),
+        };
+        self.outgoing.extend(encoded.into_iter().flatten());
     }
 
     /// Takes what arrived and returns the whole messages.
@@ -96,8 +99,47 @@ impl Control {
     }
 }
 
+/// What the host gets in place of a message that cannot be sent: whoever asked waits for an answer.
+fn instead_of(message: &FromAgent, error: &FrameError) -> Option<FromAgent> {
+    match message {
+        FromAgent::Reply { request, .. } => {
+            let error = other(format!("the answer cannot be sent: {error}"));
+            Some(FromAgent::Reply { request: *request, result: Err(error) })
+        }
+        _ => None,
+    }
+}
+
 impl AsFd for Control {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::os::unix::net::UnixStream;
+
+    use rvm_protocol::{GuestProcess, MAX_FRAME, Reply, read_frame};
+
+    use super::*;
+
+    #[test]
+    fn an_answer_that_is_too_long_becomes_an_error_for_the_same_request() {
+        let (guest, mut host) = UnixStream::pair().unwrap();
+        guest.set_nonblocking(true).unwrap();
+        let poller = Poller::new().unwrap();
+        let mut control = Control::new(guest.into(), &poller).unwrap();
+        control.receive(EpollFlags::EPOLLOUT).unwrap();
+        let process = GuestProcess { pid: 1, parent: 0, user: 0, command: "x".repeat(MAX_FRAME) };
+        control.send(&FromAgent::Reply { request: 7, result: Ok(Reply::Processes(vec![process])) });
+        control.flush(&poller).unwrap();
+        let FromAgent::Reply { request, result } = read_frame(&mut host).unwrap() else { panic!("no reply") };
+        assert_eq!(request, 7);
+        assert!(result.unwrap_err().message.contains("over the limit"));
+        host.set_nonblocking(true).unwrap();
+        let nothing = std::io::Read::read(&mut host, &mut [0]).unwrap_err();
+        assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
     }
 }

@@ -11,8 +11,8 @@ use rvm_protocol::GuestProcess;
 use super::Container;
 
 /// A command line may be megabytes long; a list needs its beginning.
-const MAX_COMMAND: u64 = 1024;
-/// So that the answer stays within a message.
+const MAX_COMMAND: usize = 1024;
+/// So that the answer stays within a message: with the commands, some 2 MiB at most.
 const MAX_PROCESSES: usize = 2048;
 
 /// Lists the processes in the container's cgroup.
@@ -74,14 +74,21 @@ fn read(pid: Pid, file: &str) -> Option<String> {
 fn command(pid: Pid, name: &str) -> String {
     let mut bytes = Vec::new();
     if let Ok(file) = File::open(format!("/proc/{pid}/cmdline")) {
-        let _ = file.take(MAX_COMMAND).read_to_end(&mut bytes);
+        let _ = file.take(MAX_COMMAND as u64).read_to_end(&mut bytes);
     }
-    let words = String::from_utf8_lossy(&bytes).replace('\0', " ");
-    match words.trim_end() {
+    match words(&bytes).trim_end() {
         // A zombie, or a kernel thread.
         "" => format!("[{name}]"),
         words => words.to_owned(),
     }
+}
+
+/// A command line as one line of text. What is no text is replaced by what may be longer, so it is cut again.
+fn words(bytes: &[u8]) -> String {
+    let mut words = String::from_utf8_lossy(bytes).replace('\0', " ");
+    let end = (0..=MAX_COMMAND.min(words.len())).rev().find(|end| words.is_char_boundary(*end));
+    words.truncate(end.unwrap_or(0));
+    words
 }
 
 /// A user of the guest as the container's user namespace numbers it.
@@ -116,6 +123,14 @@ mod tests {
     #[test]
     fn a_process_outside_of_any_container_is_none_of_them() {
         assert_eq!(Status::parse(&STATUS.replace("NSpid:\t131\t7", "NSpid:\t131")), None);
+    }
+
+    #[test]
+    fn the_longest_list_fits_a_message() {
+        let command = words(&[0xff; MAX_COMMAND]);
+        assert!(command.len() <= MAX_COMMAND && command.len() > MAX_COMMAND - 4);
+        let line = GuestProcess { pid: i32::MIN, parent: i32::MIN, user: u32::MAX, command };
+        assert!(rvm_protocol::frame::encode(&vec![line; MAX_PROCESSES]).is_ok());
     }
 
     #[test]
