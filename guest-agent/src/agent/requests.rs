@@ -96,7 +96,7 @@ impl Agent {
 
     fn update(&mut self, resources: &str) -> Result<Reply> {
         let resources: LinuxResources = serde_json::from_str(resources).context(|| "the new limits")?;
-        self.running_container()?.cgroup.apply(&resources)?;
+        self.running_container()?.cgroup.update(&resources)?;
         Ok(Reply::Done)
     }
 

@@ -66,10 +66,13 @@ impl Cgroup {
             self.apply_all(memory_values(memory))?;
         }
         if let Some(cpu) = resources.cpu() {
-            self.apply_all(cpu_values(cpu))?;
+            let current = fs::read_to_string(self.path.join("cpu.max")).unwrap_or_default();
+            self.apply_all(cpu_values(cpu, &current))?;
         }
         if let Some(pids) = resources.pids() {
-            self.set("pids.max", &limit(pids.limit()))?;
+            // As with runc, zero is no limit.
+            let most = Some(pids.limit()).filter(|most| *most != 0).unwrap_or(-1);
+            self.set("pids.max", &limit(most))?;
         }
         for hugepages in resources.hugepage_limits().iter().flatten() {
             self.set(&format!("hugetlb.{}.max", hugepages.page_size()), &limit(hugepages.limit()))?;
@@ -78,6 +81,13 @@ impl Cgroup {
             self.set(file, value)?;
         }
         Ok(())
+    }
+
+    /// Changes the limits of a running container.
+    pub fn update(&self, resources: &LinuxResources) -> Result<()> {
+        let information = nix::sys::sysinfo::sysinfo().context(|| "asking for the guest's memory")?;
+        check_memory(resources, information.ram_total())?;
+        self.apply(resources)
     }
 
     /// Limits the memory of the workload, in bytes.
@@ -143,14 +153,31 @@ impl Cgroup {
             return Err(other(format!("{file:?} is no file of a cgroup")));
         }
         match fs::write(self.path.join(file), value) {
-            // Without swap in the guest there is no such file, and nothing to limit.
-            Err(error) if file == "memory.swap.max" && is_absent(&error) => Ok(()),
+            // Without swap in the guest, or without pages of a size, there is no such file, and nothing to limit.
+            Err(error) if (file == "memory.swap.max" || is_of_hugepages(file)) && is_absent(&error) => Ok(()),
             Err(error) if is_absent(&error) => {
                 Err(other(format!("the guest's kernel does not support the limit {file} ({value})")))
             }
             result => result.context(|| format!("setting the limit {file} to {value}")),
         }
     }
+}
+
+/// The memory of a machine is set when it starts: a limit above it would promise what is not there.
+fn check_memory(resources: &LinuxResources, guest: u64) -> Result<()> {
+    let wanted = resources.memory().and_then(|memory| memory.limit());
+    match wanted.and_then(|wanted| u64::try_from(wanted).ok()).filter(|wanted| *wanted > guest) {
+        Some(wanted) => Err(other(format!(
+            "the memory limit of {} MiB is more than the {} MiB that the virtual machine was started with",
+            wanted >> 20,
+            guest >> 20
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn is_of_hugepages(file: &str) -> bool {
+    file.starts_with("hugetlb.") && file.ends_with(".max")
 }
 
 /// Files of a cgroup cannot be created, so writing to one that is missing is not permitted.
@@ -214,7 +241,8 @@ fn memory_values(memory: &LinuxMemory) -> Vec<(&'static str, String)> {
     values
 }
 
-fn cpu_values(cpu: &LinuxCpu) -> Vec<(&'static str, String)> {
+/// `current` is what `cpu.max` holds: a quota or a period that is not asked for stays as it is.
+fn cpu_values(cpu: &LinuxCpu, current: &str) -> Vec<(&'static str, String)> {
     let mut values = Vec::new();
     if let Some(idle) = cpu.idle() {
         values.push(("cpu.idle", idle.to_string()));
@@ -226,8 +254,12 @@ fn cpu_values(cpu: &LinuxCpu) -> Vec<(&'static str, String)> {
     let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
     if quota.is_some() || period.is_some() {
-        let quota = quota.map_or_else(|| "max".to_owned(), limit);
-        values.push(("cpu.max", format!("{quota} {}", period.unwrap_or(100_000))));
+        let mut words = current.split_whitespace();
+        let (current_quota, current_period) =
+            (words.next().unwrap_or("max"), words.next().unwrap_or("100000"));
+        let quota = quota.map_or_else(|| current_quota.to_owned(), limit);
+        let period = period.map_or_else(|| current_period.to_owned(), |period| period.to_string());
+        values.push(("cpu.max", format!("{quota} {period}")));
     }
     if let Some(burst) = cpu.burst() {
         values.push(("cpu.max.burst", burst.to_string()));
@@ -252,7 +284,7 @@ fn weight(shares: u64) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder};
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResourcesBuilder};
     use proptest::prelude::*;
 
     use super::*;
@@ -292,9 +324,38 @@ mod tests {
     #[test]
     fn a_quota_comes_with_a_period() {
         let cpu = LinuxCpuBuilder::default().quota(50_000i64).build().unwrap();
-        assert_eq!(cpu_values(&cpu), [("cpu.max", "50000 100000".to_owned())]);
+        assert_eq!(cpu_values(&cpu, ""), [("cpu.max", "50000 100000".to_owned())]);
         let cpu = LinuxCpuBuilder::default().quota(-1i64).period(20_000u64).build().unwrap();
-        assert_eq!(cpu_values(&cpu), [("cpu.max", "max 20000".to_owned())]);
+        assert_eq!(cpu_values(&cpu, "7000 8000\n"), [("cpu.max", "max 20000".to_owned())]);
+    }
+
+    #[test]
+    fn the_half_of_a_quota_that_is_not_changed_stays() {
+        let cpu = LinuxCpuBuilder::default().quota(50_000i64).build().unwrap();
+        assert_eq!(cpu_values(&cpu, "20000 40000\n"), [("cpu.max", "50000 40000".to_owned())]);
+        let cpu = LinuxCpuBuilder::default().period(50_000u64).build().unwrap();
+        assert_eq!(cpu_values(&cpu, "20000 40000\n"), [("cpu.max", "20000 50000".to_owned())]);
+    }
+
+    #[test]
+    fn no_processes_at_all_means_no_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup { path: directory.path().into() };
+        let pids = LinuxPidsBuilder::default().limit(0i64).build().unwrap();
+        cgroup.apply(&LinuxResourcesBuilder::default().pids(pids).build().unwrap()).unwrap();
+        assert_eq!(fs::read_to_string(directory.path().join("pids.max")).unwrap(), "max");
+    }
+
+    #[test]
+    fn memory_that_the_guest_does_not_have_is_refused_by_an_update() {
+        let memory = LinuxMemoryBuilder::default().limit(2i64 << 30).build().unwrap();
+        let resources = LinuxResourcesBuilder::default().memory(memory).build().unwrap();
+        let refused = check_memory(&resources, 1 << 30).unwrap_err();
+        assert!(refused.message.contains("2048 MiB") && refused.message.contains("1024 MiB"), "{refused}");
+        assert!(check_memory(&resources, 2 << 30).is_ok());
+        let memory = LinuxMemoryBuilder::default().limit(-1i64).build().unwrap();
+        let resources = LinuxResourcesBuilder::default().memory(memory).build().unwrap();
+        assert!(check_memory(&resources, 1 << 30).is_ok());
     }
 
     #[test]
@@ -303,6 +364,7 @@ mod tests {
         let cgroup = Cgroup { path: "/proc".into() };
         assert!(cgroup.set("memory.max", "1").unwrap_err().message.contains("does not support"));
         assert!(cgroup.set("memory.swap.max", "1").is_ok());
+        assert!(cgroup.set("hugetlb.2MB.max", "1").is_ok());
         assert!(cgroup.set("../x", "1").is_err());
     }
 
