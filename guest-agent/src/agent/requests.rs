@@ -96,7 +96,8 @@ impl Agent {
 
     fn update(&mut self, resources: &str) -> Result<Reply> {
         let resources: LinuxResources = serde_json::from_str(resources).context(|| "the new limits")?;
-        self.running_container()?.cgroup.update(&resources)?;
+        self.running_container()?;
+        self.container.as_mut().ok_or_else(no_container)?.update(&resources)?;
         Ok(Reply::Done)
     }
 

@@ -46,6 +46,13 @@ impl Cgroup {
         open(&self.path)
     }
 
+    /// Opens its directory, to attach programs to it.
+    pub fn open_directory(&self) -> Result<OwnedFd> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        fcntl::open(&self.path, flags, Mode::empty())
+            .context(|| format!("opening the cgroup {}", self.path.display()))
+    }
+
     /// Opens the cgroup that a process is in, which may be one that the container made below its own.
     pub fn open_of(pid: Pid) -> Result<OwnedFd> {
         let file = format!("/proc/{pid}/cgroup");

@@ -4,6 +4,7 @@
 //! [`Container::prepare`]. The child's half is [`rootfs::build`], in namespaces that hold nothing else yet.
 
 pub mod cgroup;
+pub mod device_rules;
 pub mod devices;
 pub mod hooks;
 pub mod mounts;
@@ -19,7 +20,7 @@ use std::path::PathBuf;
 
 use nix::mount::{MntFlags, MsFlags};
 use nix::unistd;
-use oci_spec::runtime::{LinuxIdMapping, Process, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Process, Spec};
 use rvm_protocol::{ROOTFS_TAG, StartContainer};
 
 use self::cgroup::Cgroup;
@@ -76,6 +77,8 @@ pub struct Container {
     /// A detached mount of sysfs for a container with a user namespace: sysfs belongs to the network
     /// namespace, which is the guest's, so the container's own root may not make one.
     pub sysfs: Option<OwnedFd>,
+    /// The program that decides which devices it may use.
+    device_rules: OwnedFd,
     settings: Settings,
 }
 
@@ -89,9 +92,12 @@ impl Container {
             sysctl::write_network(values)?;
         }
         let cgroup = Cgroup::create(&settings.cgroups, &start.id)?;
-        if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        if let Some(resources) = resources {
             cgroup.apply(resources)?;
         }
+        let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+        let device_rules = device_rules::enforce(&cgroup, rules, None)?;
         if let Some(limit) = start.memory_limit {
             cgroup.set_memory_limit(limit)?;
         }
@@ -103,8 +109,18 @@ impl Container {
             cgroup,
             init: None,
             sysfs,
+            device_rules,
             settings: settings.clone(),
         })
+    }
+
+    /// Changes its limits while it runs.
+    pub fn update(&mut self, resources: &LinuxResources) -> Result<()> {
+        self.cgroup.update(resources)?;
+        if let Some(rules) = resources.devices() {
+            self.device_rules = device_rules::enforce(&self.cgroup, rules, Some(&self.device_rules))?;
+        }
+        Ok(())
     }
 
     /// Description of its first process.

@@ -1,5 +1,6 @@
 //! System calls that neither the standard library nor nix wraps, each wrapped once.
 
+pub mod bpf;
 pub mod mount;
 pub mod process;
 

@@ -21,6 +21,8 @@ crate::tests![
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
     an_exec_joins_the_user_namespace,
+    only_the_devices_of_the_rules_can_be_used,
+    device_rules_can_be_changed,
     hooks_run_in_the_container,
     a_failing_hook_ends_the_start,
 ];
@@ -203,6 +205,38 @@ fn chown_all(path: &std::path::Path, owner: u32) {
             chown_all(&entry.unwrap().path(), owner);
         }
     }
+}
+
+/// A container with the device file of FUSE, which every kernel of ours has, and these rules.
+fn with_fuse_device(process: &Value, rules: &Value) -> Value {
+    let mut spec = container(process);
+    spec["linux"]["devices"] = json!([{ "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 }]);
+    spec["linux"]["resources"]["devices"] = rules.clone();
+    spec
+}
+
+const TRY: &str = "for d in null zero fuse; do dd if=/dev/$d count=0 2>/dev/null && echo $d; done; \
+                   (echo > /dev/fuse) 2>/dev/null || echo not written";
+
+fn fuse_rule(access: &str) -> Value {
+    json!([{ "allow": false, "access": "rwm" },
+           { "allow": true, "type": "c", "major": 10, "minor": 229, "access": access }])
+}
+
+fn only_the_devices_of_the_rules_can_be_used() {
+    let run = |rules: &Value| Host::new().run(&with_fuse_device(&shell(TRY), rules)).success();
+    assert_eq!(run(&json!([])), "null\nzero\nnot written\n");
+    assert_eq!(run(&fuse_rule("r")), "null\nzero\nfuse\nnot written\n");
+}
+
+fn device_rules_can_be_changed() {
+    let mut host = Host::new();
+    let streams = host.start(&with_fuse_device(&process(&["cat"]), &json!([]))).unwrap();
+    assert_eq!(host.run_exec(1, &shell(TRY)).success(), "null\nzero\nnot written\n");
+    let resources = json!({ "devices": fuse_rule("r") }).to_string();
+    assert_eq!(host.request(Request::Update { resources }).unwrap(), Reply::Done);
+    assert_eq!(host.run_exec(2, &shell(TRY)).success(), "null\nzero\nfuse\nnot written\n");
+    assert_eq!(host.finish(ProcessId::INIT, streams).status, ExitStatus::Code(0));
 }
 
 fn hooks_run_in_the_container() {
