@@ -129,6 +129,42 @@ pub fn set_limit(pid: Pid, resource: u32, soft: u64, hard: u64) -> nix::Result<(
     }))
 }
 
+/// How a process is scheduled, as the kernel's `struct sched_attr` in its first version (sched_setattr(2)).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulingAttributes {
+    /// Size of this structure.
+    pub size: u32,
+    /// `SCHED_*`.
+    pub policy: u32,
+    /// `SCHED_FLAG_*`.
+    pub flags: u64,
+    /// The nice value, for ordinary policies.
+    pub nice: i32,
+    /// The priority, for real-time policies.
+    pub priority: u32,
+    /// Nanoseconds a period, for the deadline policy.
+    pub runtime: u64,
+    /// Nanoseconds until they must be had.
+    pub deadline: u64,
+    /// Nanoseconds of a period.
+    pub period: u64,
+}
+
+/// Sets how a process is scheduled.
+pub fn set_scheduling(pid: Pid, attributes: &SchedulingAttributes) -> nix::Result<()> {
+    // SAFETY: the kernel reads as many bytes as `size` says, which is the size of the structure.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid.as_raw(), &raw const *attributes, 0) })
+}
+
+/// Sets the I/O priority of a process.
+pub fn set_io_priority(pid: Pid, value: i32) -> nix::Result<()> {
+    /// `IOPRIO_WHO_PROCESS`.
+    const PROCESS: libc::c_int = 1;
+    // SAFETY: takes plain integers.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, PROCESS, pid.as_raw(), value) })
+}
+
 /// Closes every descriptor above the standard streams that is not to be kept.
 ///
 /// # Safety

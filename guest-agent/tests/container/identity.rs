@@ -21,6 +21,8 @@ crate::tests![
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
     an_exec_joins_the_user_namespace,
+    scheduling_is_as_asked_for,
+    processors_of_an_exec_are_as_asked_for,
     only_the_devices_of_the_rules_can_be_used,
     device_rules_can_be_changed,
     hooks_run_in_the_container,
@@ -205,6 +207,31 @@ fn chown_all(path: &std::path::Path, owner: u32) {
             chown_all(&entry.unwrap().path(), owner);
         }
     }
+}
+
+fn scheduling_is_as_asked_for() {
+    let mut description = process(&["cat", "/proc/self/stat"]);
+    description["scheduler"] = json!({ "policy": "SCHED_BATCH", "nice": 7 });
+    description["ioPriority"] = json!({ "class": "IOPRIO_CLASS_BE", "priority": 6 });
+    let line = run(&description);
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    // Fields 19 and 41 of proc_pid_stat(5).
+    assert_eq!((fields[18], fields[40]), ("7", "3"), "{line}");
+    description["scheduler"] = json!({ "policy": "SCHED_FIFO", "priority": 1000 });
+    let error = Host::new().start(&container(&description)).map(drop).unwrap_err();
+    assert_eq!(error.message, "setting the scheduling policy SCHED_FIFO: invalid argument");
+}
+
+fn processors_of_an_exec_are_as_asked_for() {
+    let mut host = Host::new();
+    let streams = host.start(&container(&process(&["cat"]))).unwrap();
+    let mut description = shell("grep Cpus_allowed_list /proc/self/status");
+    description["execCPUAffinity"] = json!({ "initial": "0", "final": "0" });
+    assert_eq!(host.run_exec(1, &description).success(), "Cpus_allowed_list:\t0\n");
+    description["execCPUAffinity"] = json!({ "final": "1000" });
+    let error = host.exec(2, &description).map(drop).unwrap_err();
+    assert_eq!(error.message, "the virtual machine has none of the processors \"1000\"");
+    assert_eq!(host.finish(ProcessId::INIT, streams).status, ExitStatus::Code(0));
 }
 
 /// A container with the device file of FUSE, which every kernel of ours has, and these rules.
