@@ -1,10 +1,13 @@
 //! Paths inside a directory tree that is not trusted.
 //!
 //! An image may hold symbolic links that point anywhere. Every lookup here treats the tree's root as `/`
-//! (`RESOLVE_IN_ROOT` of `openat2(2)`), so no path can leave it, whatever the links say.
+//! (`RESOLVE_IN_ROOT` of `openat2(2)`), so no path can leave it, whatever the links say. What has to be made is
+//! made step by step ([`Walk`]), for the kernel does not tell where a link that dangles leads.
 
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag, OpenHow, ResolveFlag};
@@ -50,40 +53,19 @@ impl Tree {
 
     /// The directory at `path`, made with its parents where it is missing.
     pub fn make_directory(&self, path: &Path) -> nix::Result<OwnedFd> {
-        let mut parent = self.find(Path::new("/"))?;
-        let mut so_far = PathBuf::from("/");
-        for component in path.components() {
-            match component {
-                Component::RootDir | Component::CurDir | Component::Prefix(_) => continue,
-                Component::ParentDir => so_far.push(".."),
-                Component::Normal(name) => so_far.push(name),
-            }
-            parent = match self.find(&so_far) {
-                Err(Errno::ENOENT) => {
-                    let name = so_far.file_name().ok_or(Errno::ENOENT)?;
-                    stat::mkdirat(&parent, name, Mode::from_bits_truncate(0o755))?;
-                    self.find(&so_far)?
-                }
-                found => found?,
-            };
-        }
-        Ok(parent)
+        self.find_or_make(path, Leaf::Directory)
     }
 
     /// The file at `path`, made empty, with its parent directories, where it is missing.
     pub fn make_file(&self, path: &Path) -> nix::Result<OwnedFd> {
+        self.find_or_make(path, Leaf::File)
+    }
+
+    fn find_or_make(&self, path: &Path, leaf: Leaf) -> nix::Result<OwnedFd> {
         match self.find(path) {
-            Err(Errno::ENOENT) => {}
-            found => return found,
+            Err(Errno::ENOENT) => Walk::new(self.root.as_fd(), path).finish(leaf),
+            found => found,
         }
-        if let Some(parent) = path.parent() {
-            self.make_directory(parent)?;
-        }
-        let how = OpenHow::new()
-            .flags(OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC)
-            .mode(Mode::from_bits_truncate(0o644));
-        self.open_how(path, how)?;
-        self.find(path)
     }
 
     fn open_how(&self, path: &Path, how: OpenHow) -> nix::Result<OwnedFd> {
@@ -95,6 +77,119 @@ impl AsFd for Tree {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
+}
+
+/// What a missing last component is made as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaf {
+    Directory,
+    File,
+}
+
+/// As many links as the kernel follows in one lookup.
+const MAX_LINKS: usize = 40;
+
+/// A way from the root of a tree, one name at a time. No link is followed by the kernel, and `..` goes back to the
+/// descriptor that the way came from.
+struct Walk<'a> {
+    root: BorrowedFd<'a>,
+    /// What was opened on the way; the nearest is last.
+    opened: Vec<OwnedFd>,
+    left: VecDeque<OsString>,
+    links: usize,
+}
+
+impl<'a> Walk<'a> {
+    fn new(root: BorrowedFd<'a>, path: &Path) -> Self {
+        let mut walk = Self { root, opened: Vec::new(), left: VecDeque::new(), links: 0 };
+        walk.queue(path);
+        walk
+    }
+
+    /// Goes to the end, and makes what is missing on the way.
+    fn finish(mut self, leaf: Leaf) -> nix::Result<OwnedFd> {
+        while let Some(name) = self.left.pop_front() {
+            if name == ".." {
+                self.opened.pop();
+                continue;
+            }
+            let made_as = if self.left.is_empty() { leaf } else { Leaf::Directory };
+            let next = self.open_or_make(&name, made_as)?;
+            self.step(next, &name)?;
+        }
+        match self.opened.pop() {
+            Some(found) => Ok(found),
+            None => open(self.root, OsStr::new("."), OFlag::O_DIRECTORY),
+        }
+    }
+
+    fn here(&self) -> BorrowedFd<'_> {
+        self.opened.last().map_or(self.root, AsFd::as_fd)
+    }
+
+    /// Puts the components of a path, or of a link's target, before what is left to do.
+    fn queue(&mut self, path: &Path) {
+        for component in path.components().rev() {
+            match component {
+                Component::Normal(name) => self.left.push_front(name.into()),
+                Component::ParentDir => self.left.push_front("..".into()),
+                Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+            }
+        }
+    }
+
+    fn step(&mut self, next: OwnedFd, name: &OsStr) -> nix::Result<()> {
+        match kind(&next)? {
+            SFlag::S_IFLNK => {
+                self.links += 1;
+                if self.links > MAX_LINKS {
+                    return Err(Errno::ELOOP);
+                }
+                let target = fcntl::readlinkat(self.here(), name)?;
+                let target = Path::new(&target);
+                if target.is_absolute() {
+                    self.opened.clear();
+                }
+                self.queue(target);
+            }
+            SFlag::S_IFDIR => self.opened.push(next),
+            _ if self.left.is_empty() => self.opened.push(next),
+            _ => return Err(Errno::ENOTDIR),
+        }
+        Ok(())
+    }
+
+    fn open_or_make(&self, name: &OsStr, made_as: Leaf) -> nix::Result<OwnedFd> {
+        match self.open(name) {
+            Err(Errno::ENOENT) => {}
+            found => return found,
+        }
+        let made = match made_as {
+            Leaf::Directory => stat::mkdirat(self.here(), name, Mode::from_bits_truncate(0o755)),
+            Leaf::File => {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+                fcntl::openat(self.here(), name, flags, Mode::from_bits_truncate(0o644)).map(drop)
+            }
+        };
+        match made {
+            // Somebody was faster, with whatever it is: the next step looks.
+            Ok(()) | Err(Errno::EEXIST) => self.open(name),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// As [`Tree::find`]: as a directory first, which triggers an automount.
+    fn open(&self, name: &OsStr) -> nix::Result<OwnedFd> {
+        match open(self.here(), name, OFlag::O_DIRECTORY) {
+            Err(Errno::ENOTDIR | Errno::ELOOP) => open(self.here(), name, OFlag::empty()),
+            found => found,
+        }
+    }
+}
+
+fn open(parent: BorrowedFd<'_>, name: &OsStr, flags: OFlag) -> nix::Result<OwnedFd> {
+    let flags = flags | OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    fcntl::openat(parent, name, flags, Mode::empty())
 }
 
 /// Whether a descriptor is one of a directory.
@@ -145,6 +240,30 @@ mod tests {
         tree.make_file(Path::new("/run/deep/socket")).unwrap();
         assert!(directory.path().join("run/deep/socket").is_file());
         assert!(is_directory(tree.find(Path::new("/run/deep")).unwrap()).unwrap());
+    }
+
+    #[test]
+    fn the_target_of_a_dangling_link_is_made() {
+        let (directory, tree) = tree();
+        std::fs::create_dir(directory.path().join("var")).unwrap();
+        symlink("/run", directory.path().join("var/run")).unwrap();
+        tree.make_directory(Path::new("/var/run/secrets")).unwrap();
+        assert!(directory.path().join("run/secrets").is_dir());
+        symlink("../../../stub/resolv.conf", directory.path().join("resolv.conf")).unwrap();
+        tree.make_file(Path::new("/resolv.conf")).unwrap();
+        assert!(directory.path().join("stub/resolv.conf").is_file());
+    }
+
+    #[test]
+    fn loops_and_files_in_the_way_are_refused() {
+        let (directory, tree) = tree();
+        symlink("loop", directory.path().join("loop")).unwrap();
+        assert_eq!(tree.make_directory(Path::new("/loop/x")).unwrap_err(), Errno::ELOOP);
+        // One that only making a directory on the way leads into.
+        symlink("new/../again", directory.path().join("again")).unwrap();
+        assert_eq!(tree.make_directory(Path::new("/again")).unwrap_err(), Errno::ELOOP);
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        assert_eq!(tree.make_directory(Path::new("/file/x")).unwrap_err(), Errno::ENOTDIR);
     }
 
     #[test]
