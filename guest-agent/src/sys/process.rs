@@ -93,6 +93,12 @@ fn exit_status(status: libc::c_int) -> ExitStatus {
     }
 }
 
+/// Opens a descriptor of a process, which is readable when it has ended.
+pub fn open_process(pid: Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: takes plain integers.
+    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
+}
+
 /// Whether a child, which may have ended but is not yet reaped, has executed a program since it was forked.
 pub fn has_executed(child: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{child}/stat")).is_ok_and(|stat| !has_only_forked(&stat))

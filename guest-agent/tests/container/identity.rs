@@ -270,7 +270,7 @@ fn hooks_run_in_the_container() {
     let mut spec = container(&shell("cat /tmp/state; echo; cat /tmp/variable"));
     spec["hooks"] = json!({ "startContainer": [{
         "path": "/bin/sh",
-        "args": ["sh", "-c", "cat > /tmp/state; echo $VARIABLE > /tmp/variable"],
+        "args": ["sh", "-c", "cat > /tmp/state; echo $VARIABLE > /tmp/variable; echo noise"],
         "env": ["PATH=/bin", "VARIABLE=value"],
         "timeout": 60,
     }] });
@@ -285,7 +285,8 @@ fn hooks_run_in_the_container() {
 
 fn a_failing_hook_ends_the_start() {
     let mut spec = container(&shell("true"));
-    spec["hooks"] = json!({ "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "exit 5"] }] });
+    spec["hooks"] =
+        json!({ "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo no >&2; exit 5"] }] });
     let error = Host::new().start(&spec).map(drop).unwrap_err();
-    assert_eq!(error.message, "the startContainer hook /bin/sh failed with exit code 5");
+    assert_eq!(error.message, "the startContainer hook /bin/sh failed with exit code 5: no");
 }
