@@ -26,9 +26,10 @@ use crate::host::VsockHost;
 use crate::network;
 use crate::process::launch::IS_CHILD;
 
-/// Limits that processes of the container get unless they ask for others: what systemd gives to services,
-/// and so to those of an engine. The kernel's own are those of a much smaller machine.
-const OPEN_FILES: (u64, u64) = (1024, 524_288);
+/// How many open files the agent may have, and processes of the container at most, unless they ask for more: what
+/// systemd gives to services, and so to those of an engine. The kernel's own is that of a much smaller machine.
+/// What a process starts with is another matter: see [`rlimits`](crate::process::rlimits).
+const OPEN_FILES: u64 = 524_288;
 
 /// Ceiling of the open files of a process (`fs.nr_open`): far above whatever a host grants, as systemd has it.
 const MOST_OPEN_FILES: &str = "1073741816";
@@ -127,13 +128,12 @@ fn protect_agent() -> Result<()> {
     unsafe { signal::signal(Signal::SIGPIPE, SigHandler::SigIgn) }.context(|| "ignoring SIGPIPE")?;
     // Limits that the host has granted shall not meet a lower ceiling here.
     fs::write("/proc/sys/fs/nr_open", MOST_OPEN_FILES).context(|| "raising the ceiling of open files")?;
-    let (soft, hard) = OPEN_FILES;
-    resource::setrlimit(Resource::RLIMIT_NOFILE, soft, hard)
+    resource::setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .and_then(|()| {
             let unlimited = libc::RLIM_INFINITY;
             resource::setrlimit(Resource::RLIMIT_NPROC, unlimited, unlimited)
         })
-        .context(|| "setting the default limits of processes")
+        .context(|| "setting the limits of the agent")
 }
 
 /// Writes a line to the kernel's console.

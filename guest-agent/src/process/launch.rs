@@ -150,6 +150,7 @@ fn prepare_from_outside(plan: &Launch<'_>, child: &Child) -> Result<()> {
     let adjustment = plan.process.oom_score_adj().unwrap_or(0);
     fs::write(format!("/proc/{}/oom_score_adj", child.pid), adjustment.to_string())
         .context(|| format!("setting oom_score_adj to {adjustment}"))?;
+    rlimits::apply_default(child.pid, plan.process.rlimits().as_deref().unwrap_or_default())?;
     scheduling::apply(child.pid, plan.process, plan.place == Place::Existing)?;
     if let Some((users, groups)) = plan.container.id_maps() {
         if plan.place == Place::New {

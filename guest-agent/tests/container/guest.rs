@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{self, CloneFlags};
+use nix::sys::resource::{self, Resource};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::sys::wait;
 use nix::unistd::{self, ForkResult};
@@ -71,6 +72,9 @@ fn be_agent(directory: &Path) {
         root: directory.join("root"),
         cgroups: cgroups.clone(),
     };
+    // As in a guest, where the agent may open as many files as it is allowed to.
+    let (_, hard) = resource::getrlimit(Resource::RLIMIT_NOFILE).expect("a limit of open files");
+    resource::setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("the limit of open files");
     let mut agent = Agent::new(Box::new(UnixHost(directory.into())), settings).expect("an agent");
     // The host's closing of the connection is the agent's end.
     let end = agent.run().expect_err("the agent serves for ever");

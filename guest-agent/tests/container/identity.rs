@@ -1,5 +1,6 @@
 //! Who a process is: names, ids, groups, capabilities, limits, filters.
 
+use nix::sys::resource::{Resource, getrlimit};
 use rvm_protocol::{ExitStatus, ProcessId, Reply, Request, SeccompProgram};
 use serde_json::{Value, json};
 
@@ -98,6 +99,8 @@ fn limits_and_scores_are_set() {
     description["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 123, "hard": 456 }]);
     description["oomScoreAdj"] = json!(77);
     assert_eq!(run(&description), "123\n456\n77\n");
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    assert_eq!(run(&shell("ulimit -Sn; ulimit -Hn")), format!("1024\n{hard}\n"));
 }
 
 fn no_new_privileges_is_set() {
