@@ -61,7 +61,7 @@ impl<'a> Mounter<'a> {
         let destination = entry.destination();
         let place;
         let detached;
-        if let Some(bind) = options.bind.or((kind == "bind").then_some(Bind::Single)) {
+        if let Some(bind) = bind_of(kind, &options) {
             detached = self.clone_pristine(destination, bind)?;
             place = self.place_like(&detached, destination)?;
         } else {
@@ -77,18 +77,13 @@ impl<'a> Mounter<'a> {
                 options.attributes.set &= !attribute::RDONLY;
                 options.recursive_attributes.set &= !attribute::RDONLY;
                 mount_attributes(&detached, &options)?;
-                mount::attach(&detached, &place).context(|| "attaching the mount")?;
+                attach(&detached, &place, &options)?;
                 self.read_only_later.push(detached);
                 return Ok(());
             }
         }
         mount_attributes(&detached, &options)?;
-        mount::attach(&detached, &place).context(|| "attaching the mount")?;
-        if let Some((propagation, recursive)) = options.propagation {
-            mount::change(&detached, Change::propagation(propagation), recursive)
-                .context(|| "setting the propagation")?;
-        }
-        Ok(())
+        attach(&detached, &place, &options)
     }
 
     fn clone_pristine(&self, destination: &Path, bind: Bind) -> Result<OwnedFd> {
@@ -115,6 +110,25 @@ impl<'a> Mounter<'a> {
         }
         self.root.make_directory(destination).context(|| "making the mount point")
     }
+}
+
+/// Whether an entry is a bind mount. These file systems are always the guest's own, whatever the options say: the
+/// host has told the mounts apart by their types, and has put nothing of its own at such a place.
+fn bind_of(kind: &str, options: &Options) -> Option<Bind> {
+    match kind {
+        "proc" | "sysfs" | "cgroup" | "mqueue" => None,
+        "bind" => options.bind.or(Some(Bind::Single)),
+        _ => options.bind,
+    }
+}
+
+/// Attaches a mount. The kernel changes one kind of propagation a call; `slave` and then `shared` is both.
+fn attach(detached: &OwnedFd, place: &OwnedFd, options: &Options) -> Result<()> {
+    mount::attach(detached, place).context(|| "attaching the mount")?;
+    options.propagation.iter().try_for_each(|&(propagation, recursive)| {
+        mount::change(detached, Change::propagation(propagation), recursive)
+            .context(|| "setting the propagation")
+    })
 }
 
 fn mount_attributes(mount: &OwnedFd, options: &Options) -> Result<()> {

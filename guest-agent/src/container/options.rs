@@ -11,8 +11,8 @@ pub struct Options {
     pub attributes: Change,
     /// Attributes of the mount and of all below it.
     pub recursive_attributes: Change,
-    /// Propagation, and whether it applies to all below.
-    pub propagation: Option<(u64, bool)>,
+    /// Changes of the propagation, in their order, each with whether it applies to all below.
+    pub propagation: Vec<(u64, bool)>,
     /// Options of the file system: keys with or without a value.
     pub file_system: Vec<(String, Option<String>)>,
     /// Whether this is a bind mount, and whether one of all that is below.
@@ -53,7 +53,9 @@ impl Options {
     fn add(&mut self, option: &str) -> Result<(), UnsupportedOption> {
         match option {
             // What the mount is anyway, or what says nothing to a kernel.
-            "" | "defaults" | "remount" | "loud" | "async" | "nolazytime" | "nomand" | "noiversion" => {}
+            "" | "defaults" | "remount" | "loud" | "silent" | "async" | "nolazytime" | "nomand" => {}
+            // Flags of mount(2) that fsconfig(2) knows no option for: the file system decides by itself.
+            "acl" | "noacl" | "iversion" | "noiversion" => {}
             "bind" => self.bind = Some(Bind::Single),
             "rbind" => self.bind = Some(Bind::Recursive),
             "tmpcopyup" => self.copy_up = true,
@@ -65,7 +67,7 @@ impl Options {
 
     fn add_flag_or_data(&mut self, option: &str) {
         if let Some(flag) = propagation_flag(option.strip_prefix('r').unwrap_or(option)) {
-            self.propagation = Some((flag.bits(), option.starts_with('r')));
+            self.propagation.push((flag.bits(), option.starts_with('r')));
         } else if let Some((set, clear)) = mount_attribute(option) {
             amend(&mut self.attributes, set, clear);
         } else if let Some((set, clear)) = option.strip_prefix('r').and_then(mount_attribute) {
@@ -163,12 +165,24 @@ mod tests {
     fn a_leading_r_means_all_mounts_below() {
         let options = parse(&["rbind", "rprivate", "rro", "nodev"]);
         assert_eq!(options.bind, Some(Bind::Recursive));
-        assert_eq!(options.propagation, Some((MsFlags::MS_PRIVATE.bits(), true)));
+        assert_eq!(options.propagation, [(MsFlags::MS_PRIVATE.bits(), true)]);
         assert_eq!(options.recursive_attributes, Change::attributes(attribute::RDONLY, 0));
         assert_eq!(options.attributes, Change::attributes(attribute::NODEV, 0));
         assert!(options.is_read_only());
         // These start with an r by nature.
         assert_eq!(parse(&["ro", "relatime"]).recursive_attributes, Change::default());
+    }
+
+    #[test]
+    fn changes_of_propagation_keep_their_order() {
+        let (slave, shared) = (MsFlags::MS_SLAVE.bits(), MsFlags::MS_SHARED.bits());
+        assert_eq!(parse(&["slave", "rshared"]).propagation, [(slave, false), (shared, true)]);
+    }
+
+    #[test]
+    fn flags_of_the_old_mount_call_are_no_options_of_the_file_system() {
+        let options = ["silent", "loud", "iversion", "noiversion", "acl", "noacl", "remount"];
+        assert_eq!(parse(&options), Options::default());
     }
 
     #[test]

@@ -13,6 +13,9 @@ crate::tests![
     a_tmpfs_has_its_options,
     a_tmpfs_can_start_with_what_it_covers,
     a_tmpfs_can_be_read_only,
+    a_read_only_tmpfs_has_its_propagation,
+    options_of_the_old_mount_call_are_taken,
+    the_type_of_a_mount_outweighs_its_options,
     devices_and_links_are_there,
     masked_paths_are_empty,
     read_only_paths_cannot_be_written,
@@ -101,6 +104,25 @@ fn a_tmpfs_can_start_with_what_it_covers() {
 fn a_tmpfs_can_be_read_only() {
     let tmpfs = json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["ro"] });
     assert_eq!(run("touch /tmp/x 2>/dev/null || echo refused", &[tmpfs]), "refused\n");
+}
+
+fn a_read_only_tmpfs_has_its_propagation() {
+    let tmpfs =
+        json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["ro", "shared"] });
+    let out =
+        run("grep ' /tmp ' /proc/self/mountinfo | grep -c shared:; touch /tmp/x 2>&1 | wc -l", &[tmpfs]);
+    assert_eq!(out, "1\n1\n");
+}
+
+fn options_of_the_old_mount_call_are_taken() {
+    let options = ["silent", "loud", "iversion", "acl", "noacl"];
+    let tmpfs = json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": options });
+    assert_eq!(run("echo mounted", &[tmpfs]), "mounted\n");
+}
+
+fn the_type_of_a_mount_outweighs_its_options() {
+    let proc = json!({ "destination": "/data/proc", "type": "proc", "source": "proc", "options": ["rbind", "nosuid"] });
+    assert_eq!(run("test -e /data/proc/1/comm && echo yes", &[proc]), "yes\n");
 }
 
 fn devices_and_links_are_there() {
