@@ -54,6 +54,14 @@ fn id_map(maps: &[LinuxIdMapping]) -> String {
     maps.iter().map(line).collect()
 }
 
+/// The guest's number for what is `id` inside of the maps; `None` where they do not hold it.
+pub fn outside(maps: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id())?;
+        (offset < map.size()).then(|| map.host_id().checked_add(offset))?
+    })
+}
+
 /// Becomes the user namespace's root, whose ids the files that are made from here on get.
 pub fn become_root() -> Result<()> {
     unistd::setgroups(&[]).context(|| "dropping the supplementary groups in the user namespace")?;
@@ -66,6 +74,18 @@ mod tests {
     use oci_spec::runtime::LinuxIdMappingBuilder;
 
     use super::*;
+
+    #[test]
+    fn ids_of_the_container_are_found_in_the_maps() {
+        let map = |inner: u32, outer: u32, size: u32| {
+            LinuxIdMappingBuilder::default().container_id(inner).host_id(outer).size(size).build().unwrap()
+        };
+        let maps = [map(0, 100_000, 10), map(1000, 500, 1), map(2000, u32::MAX, 2)];
+        assert_eq!(outside(&maps, 3), Some(100_003));
+        assert_eq!(outside(&maps, 1000), Some(500));
+        assert_eq!(outside(&maps, 10), None);
+        assert_eq!(outside(&maps, 2001), None);
+    }
 
     #[test]
     fn an_id_map_names_the_container_first() {

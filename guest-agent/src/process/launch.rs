@@ -15,7 +15,8 @@ use nix::errno::Errno;
 use nix::sched::{self, CloneFlags};
 use nix::sys::prctl;
 use nix::sys::signal::{self, SigHandler, SigSet, Signal};
-use nix::unistd::{self, Pid};
+use nix::sys::stat::SFlag;
+use nix::unistd::{self, Gid, Pid, Uid};
 use oci_spec::runtime::Process;
 use rvm_protocol::{AgentError, AgentErrorKind, SeccompProgram};
 
@@ -25,7 +26,7 @@ use super::environment::{Environment, c_strings};
 use super::terminal::Terminal;
 use super::{credentials, lookup, rlimits, scheduling, seccomp};
 use crate::container::cgroup::Cgroup;
-use crate::container::tree::Tree;
+use crate::container::tree::{self, Tree};
 use crate::container::{Container, hooks, namespaces, rootfs};
 use crate::error::{Context, Result, other};
 use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into};
@@ -84,6 +85,7 @@ pub struct Launched {
 
 /// Forks a child that sets itself up and executes the program.
 pub fn launch(plan: Launch<'_>) -> Result<Launched> {
+    give_pipes_to_user(&plan)?;
     let (agent_end, child_end) = channel::pair()?;
     match fork(&plan)? {
         None => {
@@ -98,6 +100,25 @@ pub fn launch(plan: Launch<'_>) -> Result<Launched> {
             Ok(Launched { child, channel: agent_end })
         }
     }
+}
+
+/// A user namespace does not know the agent's root, so that nobody in it may change the owner of its pipes, nor open
+/// them again as `/dev/stdout`. Without one, the child does it.
+fn give_pipes_to_user(plan: &Launch<'_>) -> Result<()> {
+    let (Some((users, groups)), ChildStreams::Files { stdin, stdout, stderr }) =
+        (plan.container.id_maps(), &plan.streams)
+    else {
+        return Ok(());
+    };
+    let user = namespaces::outside(users, plan.process.user().uid()).map(Uid::from_raw);
+    let group = namespaces::outside(groups, plan.process.user().gid()).map(Gid::from_raw);
+    for stream in [stdin, stdout, stderr] {
+        let what = || "giving a stream to the process's user";
+        if tree::kind(stream).context(what)? == SFlag::S_IFIFO {
+            unistd::fchown(stream, user, group).context(what)?;
+        }
+    }
+    Ok(())
 }
 
 fn fork(plan: &Launch<'_>) -> Result<Option<Child>> {

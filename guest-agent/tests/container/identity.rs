@@ -21,6 +21,7 @@ crate::tests![
     signals_are_neither_blocked_nor_ignored,
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
+    streams_belong_to_the_user_in_a_user_namespace_too,
     an_exec_joins_the_user_namespace,
     scheduling_is_as_asked_for,
     processors_of_an_exec_are_as_asked_for,
@@ -172,6 +173,18 @@ fn a_user_namespace_maps_its_users() {
     use std::os::unix::fs::MetadataExt;
     let made = std::fs::metadata(host.rootfs().join("tmp/new")).unwrap();
     assert_eq!(made.uid(), 100_000);
+}
+
+fn streams_belong_to_the_user_in_a_user_namespace_too() {
+    for user in [0, 5] {
+        let mut description =
+            shell("echo again > /dev/stdout; echo error > /dev/stderr; stat -Lc %u:%g /dev/stdin");
+        description["user"] = json!({ "uid": user, "gid": user });
+        let (mut host, spec) = with_user_namespace(&description);
+        let outcome = host.run(&spec);
+        assert_eq!(outcome.stderr, "error\n");
+        assert_eq!(outcome.stdout, format!("again\n{user}:{user}\n"));
+    }
 }
 
 fn an_exec_joins_the_user_namespace() {
