@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rvm_protocol::{
-    AgentError, AgentErrorKind, CONTROL_PORT, ExitStatus, FromAgent, ProcessId, Reply, VERSION,
-};
+use rvm_protocol::{CONTROL_PORT, ExitStatus, FromAgent, ProcessId, Reply, VERSION};
 
 use crate::container::{Container, Settings};
 use crate::control::{Control, ControlError};
@@ -269,10 +267,6 @@ fn watch_children(poller: &Poller) -> nix::Result<SignalFd> {
     let descriptor = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     poller.add(&descriptor, Target::Signals, EpollFlags::EPOLLIN)?;
     Ok(descriptor)
-}
-
-fn no_container() -> AgentError {
-    AgentError { kind: AgentErrorKind::NoSuchProcess, message: "container not running".into() }
 }
 
 #[cfg(test)]

@@ -16,6 +16,11 @@ pub fn other(message: impl Into<String>) -> AgentError {
     AgentError { kind: AgentErrorKind::Other, message: message.into() }
 }
 
+/// What is asked of a container needs one that runs.
+pub fn container_not_running() -> AgentError {
+    AgentError { kind: AgentErrorKind::NoSuchProcess, message: "container not running".into() }
+}
+
 /// The system's words for an error number, as C programs and Go programs print them within a sentence.
 pub fn errno_text(errno: Errno) -> String {
     let text = errno.desc();

@@ -8,8 +8,8 @@ use nix::sys::stat::Mode;
 use nix::unistd;
 use rvm_protocol::{ProcessId, Reply, STREAM_PORT, SeccompProgram, StandardStreams, StreamToken};
 
-use super::{Agent, Managed, State, no_container};
-use crate::error::{Context, Result, other};
+use super::{Agent, Managed, State};
+use crate::error::{Context, Result, container_not_running, other};
 use crate::event::Target;
 use crate::process::channel::Message;
 use crate::process::launch::{ChildStreams, Launch, Launched, Place};
@@ -99,7 +99,7 @@ impl Agent {
         }
         let mut opened = Vec::new();
         let launched = self.open_streams(streams, &mut opened).and_then(|streams| {
-            let container = self.container.as_ref().ok_or_else(no_container)?;
+            let container = self.container.as_ref().ok_or_else(container_not_running)?;
             launch(Launch { container, place, process, seccomp, streams })
         });
         let Launched { child, channel } = match launched {

@@ -7,9 +7,9 @@ use rvm_protocol::{
     AgentError, AgentErrorKind, ExecProcess, ProcessId, Reply, Request, StartContainer, ToAgent,
 };
 
-use super::{Agent, Managed, State, no_container};
+use super::{Agent, Managed, State};
 use crate::container::{self, Container, processes};
-use crate::error::{Context, Result, other};
+use crate::error::{Context, Result, container_not_running, other};
 use crate::network;
 use crate::process::Place;
 use crate::stream::Stream;
@@ -57,7 +57,7 @@ impl Agent {
     fn exec(&mut self, request: u64, exec: &ExecProcess) -> Result<()> {
         let process: Process = serde_json::from_str(&exec.spec).context(|| "the process's description")?;
         if !self.is_running(ProcessId::INIT) {
-            return Err(no_container());
+            return Err(container_not_running());
         }
         let (streams, seccomp) = (&exec.streams, exec.seccomp.as_ref());
         self.launch(request, exec.process, Place::Existing, &process, streams, seccomp)
@@ -97,12 +97,15 @@ impl Agent {
     fn update(&mut self, resources: &str) -> Result<Reply> {
         let resources: LinuxResources = serde_json::from_str(resources).context(|| "the new limits")?;
         self.running_container()?;
-        self.container.as_mut().ok_or_else(no_container)?.update(&resources)?;
+        self.container.as_mut().ok_or_else(container_not_running)?.update(&resources)?;
         Ok(Reply::Done)
     }
 
     fn running_container(&self) -> Result<&Container> {
-        self.container.as_ref().filter(|_| self.alive(ProcessId::INIT).is_ok()).ok_or_else(no_container)
+        self.container
+            .as_ref()
+            .filter(|_| self.alive(ProcessId::INIT).is_ok())
+            .ok_or_else(container_not_running)
     }
 
     fn is_running(&self, id: ProcessId) -> bool {

@@ -9,22 +9,25 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result, other};
 
-const NETWORK: &str = "net.";
+const NETWORK: &str = "/proc/sys/net";
 
 /// Writes the parameters of the network.
 pub fn write_network(values: &HashMap<String, String>) -> Result<()> {
-    write(values, |name| name.starts_with(NETWORK))
+    write(values, |path| path.starts_with(NETWORK))
 }
 
 /// Writes all others.
 pub fn write_others(values: &HashMap<String, String>) -> Result<()> {
-    write(values, |name| !name.starts_with(NETWORK))
+    write(values, |path| !path.starts_with(NETWORK))
 }
 
-fn write(values: &HashMap<String, String>, wanted: impl Fn(&str) -> bool) -> Result<()> {
-    for (name, value) in values.iter().filter(|(name, _)| wanted(name)) {
+fn write(values: &HashMap<String, String>, wanted: impl Fn(&Path) -> bool) -> Result<()> {
+    for (name, value) in values {
+        // Told apart by their files, for a name can be written in two ways.
         let path = path(name).ok_or_else(|| other(format!("sysctl {name:?} is no valid name")))?;
-        std::fs::write(&path, value).context(|| format!("writing sysctl {name} = {value:?}"))?;
+        if wanted(&path) {
+            std::fs::write(&path, value).context(|| format!("writing sysctl {name} = {value:?}"))?;
+        }
     }
     Ok(())
 }
@@ -57,6 +60,15 @@ mod tests {
             path("net.ipv4.conf.eth0/1.forwarding"),
             Some(PathBuf::from("/proc/sys/net/ipv4/conf/eth0.1/forwarding"))
         );
+    }
+
+    #[test]
+    fn a_parameter_of_the_network_is_one_however_it_is_written() {
+        for name in ["net.no_such.x", "net/no_such/x"] {
+            let values = [(name.to_owned(), "1".to_owned())].into();
+            assert!(write_network(&values).unwrap_err().message.contains(name), "it tried to write it");
+            assert!(write_others(&values).is_ok(), "{name}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use nix::sys::signal::{self, SigHandler, SigSet, Signal};
 use nix::sys::stat::SFlag;
 use nix::unistd::{self, Gid, Pid, Uid};
 use oci_spec::runtime::Process;
-use rvm_protocol::{AgentError, AgentErrorKind, SeccompProgram};
+use rvm_protocol::SeccompProgram;
 
 use super::capabilities::CapabilitySets;
 use super::channel::{self, AgentEnd, ChildEnd};
@@ -28,7 +28,7 @@ use super::{credentials, lookup, rlimits, scheduling, seccomp};
 use crate::container::cgroup::Cgroup;
 use crate::container::tree::{self, Tree};
 use crate::container::{Container, hooks, namespaces, rootfs};
-use crate::error::{Context, Result, other};
+use crate::error::{Context, Result, container_not_running, other};
 use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into};
 
 /// Set in a child, for the panic hook: a child must not take the guest down.
@@ -137,9 +137,9 @@ fn fork(plan: &Launch<'_>) -> Result<Option<Child>> {
 /// A pid namespace is joined by children only: the agent joins for its children, forks, and returns. That
 /// spares the second fork of a child that joins by itself.
 fn fork_into_pid_namespace(container: &Container) -> Result<Option<Child>> {
-    let init = container.init.as_ref().ok_or_else(not_running)?;
+    let init = container.init.as_ref().ok_or_else(container_not_running)?;
     let own = fs::File::open("/proc/self/ns/pid").context(|| "opening the agent's pid namespace")?;
-    sched::setns(&init.descriptor, CloneFlags::CLONE_NEWPID).map_err(|_| not_running())?;
+    sched::setns(&init.descriptor, CloneFlags::CLONE_NEWPID).map_err(|_| container_not_running())?;
     let forked = fork_beside(&container.cgroup, init.pid);
     if !matches!(forked, Ok(None)) {
         sched::setns(&own, CloneFlags::CLONE_NEWPID).context(|| "returning to the agent's pid namespace")?;
@@ -159,10 +159,6 @@ fn fork_beside(cgroup: &Cgroup, init: Pid) -> Result<Option<Child>> {
         forked => forked,
     }
     .context(|| "forking the process")
-}
-
-fn not_running() -> AgentError {
-    AgentError { kind: AgentErrorKind::NoSuchProcess, message: "container not running".into() }
 }
 
 /// What only a process outside of the child's namespaces can do.
@@ -266,7 +262,7 @@ fn enter(container: &Container, place: Place, wants_terminal: bool) -> Result<Op
             rootfs::build(container, wants_terminal)
         }
         Place::Existing => {
-            let init = container.init.as_ref().ok_or_else(not_running)?;
+            let init = container.init.as_ref().ok_or_else(container_not_running)?;
             namespaces::join(&init.descriptor, user_namespace)?;
             if user_namespace {
                 namespaces::become_root()?;
