@@ -45,8 +45,8 @@ struct Managed {
     child: Child,
     state: State,
     streams: Vec<StreamId>,
-    /// Size of its terminal, kept until there is one.
-    size: (u16, u16),
+    /// Size that its terminal is to get when there is one.
+    new_size: Option<(u16, u16)>,
 }
 
 enum State {

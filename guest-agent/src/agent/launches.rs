@@ -74,8 +74,7 @@ impl Agent {
         terminal::check_master(&master)?;
         set_non_blocking(&master)?;
         let Some(process) = self.processes.get(&id) else { return Ok(()) };
-        let (rows, columns) = process.size;
-        if (rows, columns) != (0, 0) {
+        if let Some((rows, columns)) = process.new_size {
             set_terminal_size(&master, rows, columns).context(|| "setting the terminal's size")?;
         }
         if let Some(&stream) = process.streams.first() {
@@ -111,14 +110,10 @@ impl Agent {
                 return Err(error);
             }
         };
-        let size = match *streams {
-            StandardStreams::Terminal { rows, columns, .. } => (rows, columns),
-            StandardStreams::Pipes { .. } => (0, 0),
-        };
         let init = (place == Place::New).then(|| child.try_clone()).transpose();
         let watched = self.poller.add(&channel.0, Target::Setup(id), EpollFlags::EPOLLIN);
         let state = State::Launching { request, channel };
-        self.processes.insert(id, Managed { child, state, streams: opened, size });
+        self.processes.insert(id, Managed { child, state, streams: opened, new_size: None });
         let prepared = init.context(|| "keeping hold of the process").and_then(|init| {
             if let (Some(init), Some(container)) = (init, &mut self.container) {
                 container.init = Some(init);
@@ -139,9 +134,9 @@ impl Agent {
         opened: &mut Vec<StreamId>,
     ) -> Result<ChildStreams> {
         match *streams {
-            StandardStreams::Terminal { token, .. } => {
+            StandardStreams::Terminal { token, rows, columns } => {
                 self.connect_stream(Direction::Terminal, None, token, opened)?;
-                Ok(ChildStreams::Terminal)
+                Ok(ChildStreams::Terminal { rows, columns })
             }
             StandardStreams::Pipes { stdin, stdout, stderr } => Ok(ChildStreams::Files {
                 stdin: self.open_pipe(Direction::Input, stdin, opened)?,

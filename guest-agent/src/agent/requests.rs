@@ -76,7 +76,7 @@ impl Agent {
     fn resize(&mut self, id: ProcessId, rows: u16, columns: u16) -> Result<Reply> {
         let process = self.alive_mut(id)?;
         // Kept as well for a terminal that is still to come.
-        process.size = (rows, columns);
+        process.new_size = Some((rows, columns));
         let launching = matches!(process.state, State::Launching { .. });
         let stream = process.streams.first().copied();
         let stream = stream.and_then(|id| self.streams.get(&id));

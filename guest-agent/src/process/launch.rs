@@ -29,7 +29,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::tree::{self, Tree};
 use crate::container::{Container, hooks, namespaces, rootfs};
 use crate::error::{Context, Result, container_not_running, other};
-use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into};
+use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into, set_terminal_size};
 
 /// Set in a child, for the panic hook: a child must not take the guest down.
 pub static IS_CHILD: AtomicBool = AtomicBool::new(false);
@@ -58,7 +58,12 @@ pub enum ChildStreams {
         stderr: OwnedFd,
     },
     /// A terminal, which the child is to open.
-    Terminal,
+    Terminal {
+        /// Height in characters, or zero.
+        rows: u16,
+        /// Width in characters, or zero.
+        columns: u16,
+    },
 }
 
 /// A process to be launched.
@@ -197,7 +202,7 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
     unistd::setsid().context(|| "making a session")?;
 
     let Launch { container, place, process, seccomp: filter, streams } = plan;
-    let wants_terminal = matches!(streams, ChildStreams::Terminal);
+    let wants_terminal = matches!(streams, ChildStreams::Terminal { .. });
     let terminal = enter(container, place, wants_terminal)?;
     take_streams(streams, terminal, channel)?;
     close_on_exec_from(3).context(|| "marking descriptors to be closed")?;
@@ -275,11 +280,15 @@ fn enter(container: &Container, place: Place, wants_terminal: bool) -> Result<Op
 
 fn take_streams(streams: ChildStreams, terminal: Option<Terminal>, channel: &ChildEnd) -> Result<()> {
     match (streams, terminal) {
-        (ChildStreams::Terminal, Some(Terminal { master, slave })) => {
+        (ChildStreams::Terminal { rows, columns }, Some(Terminal { master, slave })) => {
+            // Here and not by the agent, who may come to it only when the program has asked for the size already.
+            if (rows, columns) != (0, 0) {
+                set_terminal_size(&master, rows, columns).context(|| "setting the terminal's size")?;
+            }
             channel.send_terminal(&master)?;
             Terminal::take(slave)
         }
-        (ChildStreams::Terminal, None) => Err(other("the process has no terminal")),
+        (ChildStreams::Terminal { .. }, None) => Err(other("the process has no terminal")),
         (ChildStreams::Files { stdin, stdout, stderr }, _) => {
             let what = || "setting the standard streams";
             unistd::dup2_stdin(stdin).context(what)?;
