@@ -215,7 +215,9 @@ impl Agent {
                 // process is not reaped, they can be told from its state.
                 self.follow_launch(id);
             }
-            if let (Some(status), Some(id)) = (reap(pid), found) {
+            // One that has ended can be reaped; whatever else the kernel says must not be asked for ever.
+            let Some(status) = reap(pid) else { return };
+            if let Some(id) = found {
                 self.end_process(id, status);
             }
         }
