@@ -86,6 +86,9 @@ pub enum FsError {
         /// What the operating system reported.
         source: io::Error,
     },
+    /// The device's thread could not be made one that serves files as any user.
+    #[error("the thread that serves files could not be prepared for it: {0}")]
+    Thread(#[source] io::Error),
     /// The device's thread could not be started.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -102,19 +105,16 @@ pub struct FsDevice {
 
 impl FsDevice {
     /// A device whose file system the guest mounts by this tag. It starts a thread, which serves files from the
-    /// moment the driver is ready; the thread keeps the capabilities that this one has now.
+    /// moment the driver is ready; the thread keeps the capabilities and securebits that this one has now.
     pub fn new(tag: &str, server: FileServer) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
             return Err(FsError::Tag(tag.to_owned()));
         }
         let mut padded = [0; TAG_LEN];
         padded[..tag.len()].copy_from_slice(tag.as_bytes());
-        Ok(Self {
-            tag: padded,
-            server: Arc::new(server),
-            events: EventLoop::spawn("virtio-fs")?,
-            worker: None,
-        })
+        let (server, events) = (Arc::new(server), EventLoop::spawn("virtio-fs")?);
+        worker::enter(&events, &server)?;
+        Ok(Self { tag: padded, server, events, worker: None })
     }
 }
 

@@ -57,6 +57,13 @@ pub(super) fn remove_attribute(path: &CStr, name: &CStr) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Whether this thread keeps its capabilities whatever its user IDs become.
+pub(super) fn keeps_capabilities() -> bool {
+    // SAFETY: the call takes integers only, and changes nothing.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
+    bits >= 0 && bits & libc::SECBIT_NO_SETUID_FIXUP != 0
+}
+
 /// Lets this thread keep its capabilities whatever its user IDs become.
 pub(super) fn keep_capabilities() -> Result<(), Errno> {
     // SAFETY: the call takes integers only, and changes nothing but this thread's securebits.

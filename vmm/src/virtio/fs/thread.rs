@@ -23,12 +23,13 @@ pub(super) fn enter(server: &FileServer) -> Result<(), Errno> {
     unshare(CloneFlags::CLONE_FS)?;
     fchdir(&server.descriptors)?;
     umask(Mode::empty());
-    match system::keep_capabilities() {
-        // Without the right to change securebits there is none to change user IDs either: all files belong to
-        // this user then.
-        Ok(()) | Err(Errno::EPERM) => Ok(()),
-        Err(errno) => Err(errno),
+    // A thread that cannot become another user has no capabilities to lose by that: all files belong to its own.
+    // One that can must not lose them, or it could create nothing where only its capabilities let it.
+    let changes_users = caps::has_cap(None, CapSet::Permitted, Capability::CAP_SETUID).unwrap_or(true);
+    if changes_users && !system::keeps_capabilities() {
+        system::keep_capabilities()?;
     }
+    Ok(())
 }
 
 /// As long as it lives, files that this thread creates belong to someone else.

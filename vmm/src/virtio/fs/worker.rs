@@ -1,13 +1,16 @@
 //! The thread's work: take requests from the queues, have them served, tell the driver.
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use nix::errno::Errno;
+
 use super::server::FileServer;
-use super::{HIGH_PRIORITY_QUEUE, REQUEST_QUEUE, thread};
+use super::{FsError, HIGH_PRIORITY_QUEUE, REQUEST_QUEUE, thread};
 use crate::GuestMemory;
+use crate::event_loop::EventLoop;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
 use crate::virtio::{Activation, Interrupt};
 
@@ -20,8 +23,6 @@ pub(super) struct Worker {
     interrupt: Interrupt,
     queues: Vec<Virtqueue>,
     server: Arc<FileServer>,
-    /// Whether the thread may serve files.
-    entered: bool,
 }
 
 impl Worker {
@@ -30,7 +31,7 @@ impl Worker {
         let Activation { memory, queues, interrupt, .. } = activation;
         let known = [HIGH_PRIORITY_QUEUE, REQUEST_QUEUE];
         let queues = queues.into_iter().filter(|queue| known.contains(&queue.index));
-        Worker { memory, interrupt, queues: queues.map(Virtqueue::from).collect(), server, entered: false }
+        Worker { memory, interrupt, queues: queues.map(Virtqueue::from).collect(), server }
     }
 
     /// Serves one batch of requests.
@@ -53,23 +54,57 @@ impl Worker {
         queue.kick_self();
         Ok(())
     }
+
+    /// Leaves the queues alone until the driver resets the device, which it is told.
+    fn stop(&self, ops: &mut EventOps<'_>) {
+        self.interrupt.needs_reset();
+        for queue in &self.queues {
+            let _ = ops.remove(Events::empty(queue));
+        }
+    }
 }
 
 impl MutEventSubscriber for Worker {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let kicked = self.queues.iter().position(|queue| queue.as_raw_fd() == events.fd());
         let Some(queue) = kicked else { return };
-        if !self.entered || self.serve(queue).is_err() {
-            // The queue cannot be used any more: leave it alone until the driver resets the device.
-            let _ = ops.remove(Events::empty(&self.queues[queue]));
+        if self.serve(queue).is_err() {
+            // The queue cannot be used any more: leave all of them alone until the driver resets the device.
+            self.stop(ops);
         }
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.entered = thread::enter(&self.server).is_ok();
-        for queue in &self.queues {
-            // It fails only for want of memory in the kernel, and then the mount in the guest does.
-            let _ = ops.add(Events::new(queue, EventSet::IN));
+        let added = |queue| ops.add(Events::new(queue, EventSet::IN)).is_ok();
+        if !self.queues.iter().all(added) {
+            // For want of memory in the kernel. A driver that waits for nothing should hear of it.
+            self.stop(ops);
         }
+    }
+}
+
+/// Makes the thread of a loop one that serves files.
+pub(super) fn enter(events: &EventLoop, server: &Arc<FileServer>) -> Result<(), FsError> {
+    let (outcome, entered) = mpsc::channel();
+    let entrance = Entrance { server: server.clone(), outcome };
+    let id = events.handle().add(Box::new(entrance))?;
+    drop(events.handle().remove(id)?);
+    // It is there, because `init` has run.
+    let entered = entered.recv().unwrap_or(Err(Errno::ESRCH));
+    entered.map_err(|errno| FsError::Thread(errno.into()))
+}
+
+/// What a loop runs to get its thread ready.
+struct Entrance {
+    server: Arc<FileServer>,
+    outcome: mpsc::Sender<Result<(), Errno>>,
+}
+
+impl MutEventSubscriber for Entrance {
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+
+    fn init(&mut self, _: &mut EventOps<'_>) {
+        // It fails only when the device is not wanted any more.
+        let _ = self.outcome.send(thread::enter(&self.server));
     }
 }

@@ -48,6 +48,21 @@ fn headers_that_are_short_or_lie_are_refused() {
 }
 
 #[test]
+fn a_broken_queue_makes_the_device_ask_for_a_reset() {
+    let mut driver = Driver::new();
+    driver.guest.set_available(QUEUE, 5000);
+    driver.guest.interrupted();
+    driver.guest.kick(QUEUE);
+    driver.guest.wait_interrupt();
+    assert!(driver.guest.interrupt.is_reset_needed());
+    driver.device.reset();
+    driver.guest = Guest::new(&QUEUE_SIZES);
+    let features = driver.device.features();
+    driver.guest.activate(&mut driver.device, features);
+    alive(&mut driver);
+}
+
+#[test]
 fn replies_without_room_are_left_out() {
     let mut driver = Driver::new();
     let header = InHeader { len: 40, opcode: opcode::STATFS, unique: 9, nodeid: ROOT, ..Default::default() };

@@ -122,10 +122,47 @@ fn special_files_are_made_but_never_opened() {
     }
 }
 
+/// What the monitor leaves to the thread that starts the device.
+fn confine(securebits: i32) -> bool {
+    use caps::CapSet::{Effective, Inheritable, Permitted};
+    use caps::Capability::*;
+    if !nix::unistd::geteuid().is_root() {
+        return false;
+    }
+    let kept = [
+        CAP_CHOWN,
+        CAP_DAC_OVERRIDE,
+        CAP_DAC_READ_SEARCH,
+        CAP_FOWNER,
+        CAP_FSETID,
+        CAP_MKNOD,
+        CAP_SETFCAP,
+        CAP_SETGID,
+        CAP_SETUID,
+    ];
+    // SAFETY: the call takes integers only, and changes nothing but this thread's securebits.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, securebits, 0, 0, 0) }, 0);
+    caps::clear(None, Inheritable).unwrap();
+    for set in [Effective, Permitted] {
+        caps::set(None, set, &kept.into_iter().collect()).unwrap();
+    }
+    true
+}
+
+#[test]
+fn a_thread_that_would_lose_its_capabilities_is_an_error() {
+    if !confine(0) {
+        return skipped("root");
+    }
+    let server = FileServer::prepare().unwrap().serve_root("/".as_ref()).unwrap();
+    let device = FsDevice::new("rootfs", server);
+    assert!(matches!(device, Err(FsError::Thread(error)) if error.raw_os_error() == Some(libc::EPERM)));
+}
+
 #[test]
 fn what_is_created_belongs_to_who_asked() {
-    if !nix::unistd::geteuid().is_root() {
-        return;
+    if !confine(libc::SECBIT_NO_SETUID_FIXUP | libc::SECBIT_NO_SETUID_FIXUP_LOCKED) {
+        return skipped("root");
     }
     let mut driver = Driver::new();
     // Only a capability or a group that the host knows nothing of lets this user write to the directory.
@@ -135,7 +172,8 @@ fn what_is_created_belongs_to_who_asked() {
     make_directory(&mut driver, ROOT, "directory", 0o777).unwrap();
     make_node(&mut driver, "fifo", libc::S_IFIFO | 0o600).unwrap();
     let _: EntryOut = driver.object(opcode::SYMLINK, ROOT, &[b"link\0", b"x\0"]).unwrap();
-    for name in ["file", "directory", "fifo", "link"] {
+    make_node(&mut driver, "null", libc::S_IFCHR | 0o600).unwrap();
+    for name in ["file", "directory", "fifo", "link", "null"] {
         let metadata = fs::symlink_metadata(driver.host(name)).unwrap();
         assert_eq!((metadata.uid(), metadata.gid()), (1234, 5678), "{name}");
     }
@@ -293,7 +331,7 @@ fn a_file_system_mounted_in_the_tree_is_a_submount() {
     // The server must see the mount that this makes, so both live in a mount namespace of their own.
     if !nix::unistd::geteuid().is_root() || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err()
     {
-        return;
+        return skipped("root");
     }
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
