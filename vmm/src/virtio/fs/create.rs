@@ -57,6 +57,8 @@ impl FileServer {
         // By this path the link is followed to the inode and no further, symbolic link or not.
         let path = descriptor_path(&node.file);
         linkat(&self.descriptors, path.as_c_str(), &parent.file, name, AtFlags::AT_SYMLINK_FOLLOW)?;
+        // What has a new name is in the upper layer now, if there are any, and will not part again.
+        self.follow(&node.inode);
         self.find(&parent, name)
     }
 
@@ -102,7 +104,7 @@ impl FileServer {
         file: OwnedFd,
         name: Option<&CStr>,
     ) -> Result<(EntryOut, OpenOut), Errno> {
-        let seen = name.map(|name| (parent.inode.id, name));
+        let seen = name.map(|name| (parent, name));
         let (inode, status) = self.remember(self.reopen(&file, OFlag::O_PATH)?, seen)?;
         let node = self.node(inode.id)?;
         let fh = self.handles.insert(&node, file).inspect_err(|_| self.inodes.forget(inode.id, 1))?;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, copy_file_range, fallocate};
 use nix::unistd::{Whence, fdatasync, fsync, lseek, syncfs};
 
-use super::inodes::Version;
+use super::identity::Version;
 use super::message::{MAX_DATA, Reply};
 use super::server::FileServer;
 use super::{system, wire};

@@ -13,52 +13,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
+use super::identity::{Identity, Link, Version};
+
 /// The number of the tree's root in the protocol.
 pub(super) const ROOT: u64 = 1;
 /// How many inodes the guest may know, pinned or not.
 const MAX_KNOWN: usize = 1 << 20;
 /// How many pinned inodes are looked at to find one that can be released.
 const MAX_SEARCH: usize = 64;
-
-/// What tells one inode of the host from another. The mount is part of it: where the same directory is mounted at
-/// two places, it has two parents, and may be read-only at one of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    mount: u64,
-    device: (u32, u32),
-    number: u64,
-    /// A file of another type under the same number is certainly another file.
-    kind: u32,
-}
-
-impl From<&libc::statx> for Identity {
-    fn from(status: &libc::statx) -> Self {
-        Self {
-            mount: status.stx_mnt_id,
-            device: (status.stx_dev_major, status.stx_dev_minor),
-            number: status.stx_ino,
-            kind: u32::from(status.stx_mode) & libc::S_IFMT,
-        }
-    }
-}
-
-/// Values that differ when the contents of a file do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Version {
-    size: u64,
-    modified: (i64, u32),
-    changed: (i64, u32),
-}
-
-impl From<&libc::statx> for Version {
-    fn from(status: &libc::statx) -> Self {
-        Self {
-            size: status.stx_size,
-            modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
-            changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
-        }
-    }
-}
 
 /// A name in a directory that the guest knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +36,9 @@ pub(super) struct Place {
 pub(super) struct Inode {
     /// Its number in the protocol.
     pub(super) id: u64,
-    identity: Identity,
+    kind: u32,
+    mount: u64,
+    identity: Mutex<Identity>,
     opened: Mutex<Option<Version>>,
     hold: Mutex<Hold>,
 }
@@ -93,17 +57,17 @@ struct Hold {
 impl Inode {
     /// What it is on the host.
     pub(super) fn identity(&self) -> Identity {
-        self.identity
+        lock(&self.identity).clone()
     }
 
     /// Its type, as the upper bits of a mode.
     pub(super) fn kind(&self) -> u32 {
-        self.identity.kind
+        self.kind
     }
 
     /// Whether it lies on another mount than `other`.
     pub(super) fn crosses_mount(&self, other: &Inode) -> bool {
-        self.identity.mount != other.identity.mount
+        self.mount != other.mount
     }
 
     /// Whether the file has not changed since this was called last.
@@ -149,6 +113,8 @@ struct Known {
 struct Table {
     by_id: HashMap<u64, Known>,
     by_identity: HashMap<Identity, u64>,
+    /// Those whose identity has a link in it.
+    by_link: HashMap<Arc<Link>, u64>,
     last_id: u64,
     /// Files that were pinned, in the order in which they shall be released. Some are gone already.
     files: VecDeque<u64>,
@@ -175,15 +141,20 @@ pub(super) struct Limits {
 
 impl Inodes {
     /// A table with nothing but a root.
-    pub(super) fn new(root: OwnedFd, status: &libc::statx, limits: Limits) -> Inodes {
+    pub(super) fn new(root: OwnedFd, identity: Identity, limits: Limits) -> Inodes {
         let inodes = Inodes { table: Mutex::default(), limits };
-        inodes.table().insert(root, Identity::from(status));
+        inodes.table().insert(root, identity);
         inodes
     }
 
     /// The inode of a number that the guest was told.
     pub(super) fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
         self.table().by_id.get(&id).map(|known| known.inode.clone()).ok_or(Errno::ESTALE)
+    }
+
+    /// An inode that is known and that the guest is told of once more.
+    pub(super) fn remember_known(&self, identity: &Identity) -> Option<Arc<Inode>> {
+        self.table().count_lookup(identity)
     }
 
     /// The inode that the guest is told of now, which it will forget as often as it was told.
@@ -197,6 +168,29 @@ impl Inodes {
             return Err(Errno::ENFILE);
         }
         Ok(table.insert(file, identity))
+    }
+
+    /// The inode that is known by one of a file's names alone.
+    pub(super) fn linked(&self, link: &Link) -> Option<Arc<Inode>> {
+        let table = self.table();
+        let id = table.by_link.get(link)?;
+        table.by_id.get(id).map(|known| known.inode.clone())
+    }
+
+    /// The guest's inode turned out to be something else on the host by now, and still the same file.
+    pub(super) fn rename(&self, inode: &Inode, identity: Identity) {
+        let mut table = self.table();
+        if !table.by_id.contains_key(&inode.id) || table.by_identity.contains_key(&identity) {
+            return;
+        }
+        let old = std::mem::replace(&mut *lock(&inode.identity), identity.clone());
+        table.remove_identity(&old, inode.id);
+        table.insert_identity(identity, inode.id);
+    }
+
+    /// Whether an inode is known by this identity.
+    pub(super) fn is_known(&self, identity: &Identity) -> bool {
+        self.table().by_identity.contains_key(identity)
     }
 
     /// Remembers where an inode was seen, if the guest knows it.
@@ -279,9 +273,11 @@ impl Table {
         self.last_id += 1;
         let id = self.last_id;
         let hold = Mutex::new(Hold { file: None, place: None, used: true });
-        let inode = Arc::new(Inode { id, identity, opened: Mutex::default(), hold });
+        let (kind, mount) = (identity.kind, identity.mount);
+        self.insert_identity(identity.clone(), id);
+        let (identity, opened) = (Mutex::new(identity), Mutex::default());
+        let inode = Arc::new(Inode { id, kind, mount, identity, opened, hold });
         self.by_id.insert(id, Known { inode: inode.clone(), lookups: 1 });
-        self.by_identity.insert(identity, id);
         self.pin(&inode, file);
         inode
     }
@@ -313,8 +309,23 @@ impl Table {
     fn remove(&mut self, id: u64) {
         let Some(known) = self.by_id.remove(&id) else { return };
         self.pinned -= usize::from(lock(&known.inode.hold).file.is_some());
-        if self.by_identity.get(&known.inode.identity) == Some(&id) {
-            self.by_identity.remove(&known.inode.identity);
+        let identity = known.inode.identity();
+        self.remove_identity(&identity, id);
+    }
+
+    fn insert_identity(&mut self, identity: Identity, id: u64) {
+        if let Some(link) = &identity.link {
+            self.by_link.insert(link.clone(), id);
+        }
+        self.by_identity.insert(identity, id);
+    }
+
+    fn remove_identity(&mut self, identity: &Identity, id: u64) {
+        if self.by_identity.get(identity) == Some(&id) {
+            self.by_identity.remove(identity);
+        }
+        if let Some(link) = identity.link.as_ref().filter(|link| self.by_link.get(*link) == Some(&id)) {
+            self.by_link.remove(link);
         }
     }
 }

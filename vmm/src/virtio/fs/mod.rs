@@ -29,6 +29,7 @@ mod directory;
 mod extended;
 mod files;
 mod handles;
+mod identity;
 mod inodes;
 mod message;
 mod names;

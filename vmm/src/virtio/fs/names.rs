@@ -1,6 +1,7 @@
 //! Requests about names: look one up, take it away, move it, read where it leads.
 
 use std::ffi::{CStr, CString};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 
 use fuse_backend_rs::abi::fuse_abi::{EntryOut, ForgetOne};
@@ -12,7 +13,7 @@ use super::attributes::attributes_on_wire;
 use super::inodes::Inode;
 use super::pins::{Node, open_name};
 use super::server::FileServer;
-use super::{VALIDITY, wire};
+use super::{VALIDITY, system, wire};
 
 /// The most inodes that one BATCH_FORGET names.
 const MAX_FORGET: u32 = 1 << 16;
@@ -32,8 +33,13 @@ impl FileServer {
 
     /// Looks a name up; what it stands for is remembered once more.
     pub(super) fn find(&self, parent: &Node, name: &CStr) -> Result<EntryOut, Errno> {
+        let status = system::attributes_at(parent.file.as_fd(), name)?;
+        // Mostly it is known, and need not be opened.
+        if let Some(inode) = self.remember_known(parent, name, &status) {
+            return Ok(entry(&parent.inode, &inode, &status));
+        }
         let file = open_name(&parent.file, name)?;
-        let (inode, status) = self.remember(file, Some((parent.inode.id, name)))?;
+        let (inode, status) = self.remember(file, Some((parent, name)))?;
         Ok(entry(&parent.inode, &inode, &status))
     }
 
@@ -62,9 +68,9 @@ impl FileServer {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
         let (from, to) = (self.node(from)?, self.node(to)?);
         renameat2(&from.file, old, &to.file, new, flags)?;
-        self.moved(&to, new);
+        self.moved((&from, old), (&to, new));
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
-            self.moved(&from, old);
+            self.moved((&to, new), (&from, old));
         }
         Ok(())
     }

@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::inodes::{Identity, Inode};
+use super::identity::{Identity, Link};
+use super::inodes::Inode;
 use super::server::FileServer;
 use super::system;
 
@@ -59,7 +60,7 @@ impl FileServer {
             }
         };
         while let Some(inode) = released.pop() {
-            file = self.inodes.pin(&inode, find(&file, &inode)?);
+            file = self.inodes.pin(&inode, self.find_again(&file, &inode)?);
         }
         Ok(file)
     }
@@ -68,25 +69,69 @@ impl FileServer {
     pub(super) fn remember(
         &self,
         file: OwnedFd,
-        seen: Option<(u64, &CStr)>,
+        seen: Option<(&Node, &CStr)>,
     ) -> Result<(Arc<Inode>, libc::statx), Errno> {
         // First, because it may make the room that is needed.
         self.release_superfluous();
         let status = system::attributes(file.as_fd())?;
-        let identity = Identity::from(&status);
-        let inode = self.inodes.remember(file, identity)?;
+        let identity = self.named(self.mounts.identify_file(file.as_fd(), &status), &status, seen);
+        let inode = self.inodes.remember(file, identity.clone())?;
         if let Some((parent, name)) = seen {
-            self.inodes.seen_at(&identity, parent, name);
+            self.inodes.seen_at(&identity, parent.inode.id, name);
         }
         Ok((inode, status))
     }
 
-    /// What the guest has under this name was elsewhere before.
-    pub(super) fn moved(&self, parent: &Node, name: &CStr) {
+    /// The inode of these attributes, if it is known. The guest is told of it, and of this name.
+    pub(super) fn remember_known(
+        &self,
+        parent: &Node,
+        name: &CStr,
+        status: &libc::statx,
+    ) -> Option<Arc<Inode>> {
+        let identity = self.named(self.mounts.identify(status)?, status, Some((parent, name)));
+        let inode = self.inodes.remember_known(&identity)?;
+        self.inodes.seen_at(&identity, parent.inode.id, name);
+        Some(inode)
+    }
+
+    /// The identity of a file that was seen under a name, with this name if it must be a part of it.
+    fn named(&self, plain: Identity, status: &libc::statx, seen: Option<(&Node, &CStr)>) -> Identity {
+        let Some((parent, name)) = seen.filter(|_| plain.kind != libc::S_IFDIR) else { return plain };
+        let link = Link::new(&parent.inode.identity(), name);
+        if let Some(inode) = self.inodes.linked(&link) {
+            self.follow(&inode);
+        }
+        // A file that is known without a name had only one, or got more in the upper layer. Those stay together.
+        match self.mounts.may_part(status) && !self.inodes.is_known(&plain) {
+            true => plain.with_link(link),
+            false => plain,
+        }
+    }
+
+    /// Notices that a file which is known by one name alone was copied to the upper layer, and is on its own.
+    pub(super) fn follow(&self, inode: &Inode) {
+        let known = inode.identity();
+        let file = inode.pinned().filter(|_| known.link.is_some());
+        let Some(file) = file else { return };
+        let Ok(status) = system::attributes(file.as_fd()) else { return };
+        let now = self.mounts.identify_file(file.as_fd(), &status);
+        if !now.is_same_file(&known) {
+            self.inodes.rename(inode, now);
+        }
+    }
+
+    /// What the guest has under the name `to` was elsewhere before.
+    pub(super) fn moved(&self, from: (&Node, &CStr), to: (&Node, &CStr)) {
+        // To move a file is to copy it to the upper layer.
+        if let Some(inode) = self.inodes.linked(&Link::new(&from.0.inode.identity(), from.1)) {
+            self.follow(&inode);
+        }
         // If it is gone already, another request will find that out.
-        let status = open_name(&parent.file, name).and_then(|file| system::attributes(file.as_fd()));
-        if let Ok(status) = status {
-            self.inodes.seen_at(&Identity::from(&status), parent.inode.id, name);
+        let status = system::attributes_at(to.0.file.as_fd(), to.1);
+        let found = status.ok().and_then(|status| Some((self.mounts.identify(&status)?, status)));
+        if let Some((identity, status)) = found {
+            self.inodes.seen_at(&self.named(identity, &status, Some(to)), to.0.inode.id, to.1);
         }
     }
 
@@ -96,22 +141,23 @@ impl FileServer {
             let Some(inode) = self.inodes.superfluous() else { return };
             let parent = inode.place().and_then(|place| self.inodes.get(place.parent).ok());
             let found = parent.is_some_and(|parent| {
-                self.pin_again(&parent).and_then(|parent| find(&parent, &inode)).is_ok()
+                self.pin_again(&parent).and_then(|parent| self.find_again(&parent, &inode)).is_ok()
             });
             self.inodes.release(&inode, found);
         }
     }
-}
 
-/// Opens an inode where it was seen last, if it is there.
-fn find(parent: &OwnedFd, inode: &Inode) -> Result<OwnedFd, Errno> {
-    let place = inode.place().ok_or(Errno::ESTALE)?;
-    let file = match open_name(parent, &place.name) {
-        Err(Errno::ENOENT | Errno::ENOTDIR) => Err(Errno::ESTALE),
-        result => result,
-    }?;
-    let identity = Identity::from(&system::attributes(file.as_fd())?);
-    if identity == inode.identity() { Ok(file) } else { Err(Errno::ESTALE) }
+    /// Opens an inode where it was seen last, if it is there.
+    fn find_again(&self, parent: &OwnedFd, inode: &Inode) -> Result<OwnedFd, Errno> {
+        let place = inode.place().ok_or(Errno::ESTALE)?;
+        let file = match open_name(parent, &place.name) {
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Err(Errno::ESTALE),
+            result => result,
+        }?;
+        let identity = self.mounts.identify_file(file.as_fd(), &system::attributes(file.as_fd())?);
+        // An inode that is known by a name has not been seen at any other place.
+        if identity.is_same_file(&inode.identity()) { Ok(file) } else { Err(Errno::ESTALE) }
+    }
 }
 
 /// Opens what a name stands for, as a mere reference: nothing is followed and nothing is opened for use.

@@ -11,6 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 
 use super::handles::Handles;
+use super::identity::Mounts;
 use super::inodes::{Inodes, Limits};
 use super::pins::Node;
 use super::{FsError, system};
@@ -35,6 +36,7 @@ pub struct PreparedFileServer {
 pub struct FileServer {
     /// The directory /proc/self/fd, by which a file opened with `O_PATH` is opened for use.
     pub(super) descriptors: OwnedFd,
+    pub(super) mounts: Mounts,
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
 }
@@ -86,8 +88,10 @@ impl PreparedFileServer {
         // An open file takes a descriptor, and another one for its inode.
         let open_files = self.files / 4;
         let limits = Limits { idle: MAX_PINNED.min(self.files / 2), in_use: open_files };
-        let inodes = Inodes::new(root, &status, limits);
-        Ok(FileServer { descriptors: self.descriptors, inodes, handles: Handles::new(open_files) })
+        let mounts = Mounts::default();
+        let identity = mounts.identify_file(root.as_fd(), &status);
+        let inodes = Inodes::new(root, identity, limits);
+        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles: Handles::new(open_files) })
     }
 }
 

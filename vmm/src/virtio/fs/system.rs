@@ -6,13 +6,22 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 
+/// Asks for a mount's number that is never used again, of kernels that have them (Linux 6.8).
+const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+
 /// The attributes of what a descriptor refers to, by `statx(2)`: unlike `stat(2)` it tells the mount.
 pub(super) fn attributes(file: BorrowedFd<'_>) -> Result<libc::statx, Errno> {
+    attributes_at(file, c"")
+}
+
+/// The attributes of what a name in a directory stands for, which is neither followed nor mounted by that.
+pub(super) fn attributes_at(directory: BorrowedFd<'_>, name: &CStr) -> Result<libc::statx, Errno> {
     let mut status = MaybeUninit::<libc::statx>::zeroed();
-    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW;
-    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
+    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID | STATX_MNT_ID_UNIQUE;
+    let fd = directory.as_raw_fd();
     // SAFETY: the path is a text that ends with zero, and `status` has room for the structure that is written.
-    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, status.as_mut_ptr()) };
+    let result = unsafe { libc::statx(fd, name.as_ptr(), flags, mask, status.as_mut_ptr()) };
     Errno::result(result)?;
     // SAFETY: the structure consists of integers, which all have a value: zero, or what the kernel wrote.
     Ok(unsafe { status.assume_init() })

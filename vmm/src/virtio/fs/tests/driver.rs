@@ -1,7 +1,7 @@
 //! A virtiofs driver of few words: it sends requests and takes replies apart.
 
 use std::ffi::CStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, WriteIn, WriteOut,
@@ -35,7 +35,17 @@ impl Driver {
 
     /// The same with a server that is prepared in some way.
     pub(super) fn with(prepare: impl FnOnce(&mut FileServer)) -> Driver {
+        Self::prepared(|_| (), prepare)
+    }
+
+    /// The same with a directory that is prepared in some way.
+    pub(super) fn over(prepare: impl FnOnce(&Path)) -> Driver {
+        Self::prepared(prepare, |_| ())
+    }
+
+    fn prepared(prepare_root: impl FnOnce(&Path), prepare: impl FnOnce(&mut FileServer)) -> Driver {
         let root = tempfile::tempdir().unwrap();
+        prepare_root(root.path());
         let mut server = FileServer::prepare().unwrap().serve_root(root.path()).unwrap();
         prepare(&mut server);
         let mut device = FsDevice::new("rootfs", server).unwrap();

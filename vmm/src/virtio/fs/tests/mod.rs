@@ -5,6 +5,7 @@ mod files;
 mod kernel;
 mod malformed;
 mod names;
+mod overlay;
 mod pins;
 
 use super::*;

@@ -1,0 +1,142 @@
+//! What makes two sights of an inode the same one.
+//!
+//! That is its number on its device and mount, and where that can tell, when it came to be: numbers are given out
+//! again. A symbolic link is another one whenever it changed in any way, since the guest never reads one twice.
+//!
+//! On overlayfs files of a lower layer are different. One that is written to is copied, and then has another time
+//! of birth, so that says nothing there. And where several names lead to one such file, each of them gets a copy of
+//! its own (without the option `index=on`). Until then they have the same number, but must not be the same inode to
+//! the guest: what it writes to one of them would end up in the other. There the name is a part of the identity.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex};
+
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs};
+
+use super::inodes::lock;
+
+/// How many mounts are remembered at a time.
+const MAX_MOUNTS: usize = 1024;
+
+/// A number, which may be in use for something else later.
+type Number = (u64, (u32, u32), u64);
+
+/// What tells one inode of the host from another. The mount is part of it: where the same directory is mounted at
+/// two places, it has two parents, and may be read-only at one of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    pub(super) mount: u64,
+    device: (u32, u32),
+    number: u64,
+    /// A file of another type under the same number is certainly another file.
+    pub(super) kind: u32,
+    /// When it was born, or for a symbolic link, changed.
+    since: (i64, u32),
+    /// The name, where each name has to be an inode.
+    pub(super) link: Option<Arc<Link>>,
+}
+
+/// One name of several that a file has.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct Link {
+    parent: Number,
+    name: CString,
+}
+
+impl Link {
+    /// The name in a directory.
+    pub(super) fn new(parent: &Identity, name: &CStr) -> Link {
+        Link { parent: parent.number(), name: name.to_owned() }
+    }
+}
+
+impl Identity {
+    fn new(status: &libc::statx, on_overlay: bool) -> Identity {
+        let kind = u32::from(status.stx_mode) & libc::S_IFMT;
+        let since = match kind {
+            libc::S_IFLNK => status.stx_ctime,
+            _ => status.stx_btime,
+        };
+        let is_known = kind == libc::S_IFLNK || !on_overlay && status.stx_mask & libc::STATX_BTIME != 0;
+        Identity {
+            mount: status.stx_mnt_id,
+            device: (status.stx_dev_major, status.stx_dev_minor),
+            number: status.stx_ino,
+            kind,
+            since: if is_known { (since.tv_sec, since.tv_nsec) } else { (0, 0) },
+            link: None,
+        }
+    }
+
+    /// The same file, if each of its names is to be one.
+    pub(super) fn with_link(self, link: Link) -> Identity {
+        Identity { link: Some(Arc::new(link)), ..self }
+    }
+
+    /// Whether `other` is the same, whatever its name.
+    pub(super) fn is_same_file(&self, other: &Identity) -> bool {
+        (self.number(), self.kind, self.since) == (other.number(), other.kind, other.since)
+    }
+
+    fn number(&self) -> Number {
+        (self.mount, self.device, self.number)
+    }
+}
+
+/// Which mounts are of overlayfs.
+#[derive(Debug, Default)]
+pub(super) struct Mounts {
+    overlay: Mutex<HashMap<u64, bool>>,
+}
+
+impl Mounts {
+    /// What these attributes are of, apart from its name; nothing if the mount was not seen before.
+    pub(super) fn identify(&self, status: &libc::statx) -> Option<Identity> {
+        let on_overlay = *lock(&self.overlay).get(&status.stx_mnt_id)?;
+        Some(Identity::new(status, on_overlay))
+    }
+
+    /// What an open file of these attributes is, apart from its name.
+    pub(super) fn identify_file(&self, file: BorrowedFd<'_>, status: &libc::statx) -> Identity {
+        if let Some(identity) = self.identify(status) {
+            return identity;
+        }
+        // Where it cannot be told the worst is assumed.
+        let on_overlay =
+            fstatfs(file).map_or(true, |status| status.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+        let mut overlay = lock(&self.overlay);
+        if overlay.len() >= MAX_MOUNTS {
+            overlay.clear();
+        }
+        overlay.insert(status.stx_mnt_id, on_overlay);
+        Identity::new(status, on_overlay)
+    }
+
+    /// Whether these attributes are of a file whose names may become files of their own.
+    pub(super) fn may_part(&self, status: &libc::statx) -> bool {
+        let is_directory = u32::from(status.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
+        status.stx_nlink > 1
+            && !is_directory
+            && lock(&self.overlay).get(&status.stx_mnt_id).is_none_or(|on_overlay| *on_overlay)
+    }
+}
+
+/// Values that differ when the contents of a file do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Version {
+    size: u64,
+    modified: (i64, u32),
+    changed: (i64, u32),
+}
+
+impl From<&libc::statx> for Version {
+    fn from(status: &libc::statx) -> Self {
+        Self {
+            size: status.stx_size,
+            modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
+            changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
+        }
+    }
+}
