@@ -26,6 +26,7 @@ impl FileServer {
     /// SETATTR.
     pub(super) fn set_attributes(&self, id: u64, change: &SetattrIn) -> Result<AttrOut, Errno> {
         let node = self.node(id)?;
+        let _changing = self.unsynced.changing(&node);
         let has = |bits: u32| change.valid & bits != 0;
         let path = descriptor_path(&node.file);
         if has(MODE) {

@@ -28,6 +28,7 @@ impl FileServer {
         let owner = Owner::assume(who.uid, who.gid)?;
         mkdirat(&parent.file, name, mode(how.mode, how.umask))?;
         drop(owner);
+        self.unsynced.add(&parent);
         self.find(&parent, name)
     }
 
@@ -39,6 +40,7 @@ impl FileServer {
         let owner = Owner::assume(who.uid, who.gid)?;
         mknodat(&parent.file, name, kind, mode(how.mode, how.umask), how.rdev.into())?;
         drop(owner);
+        self.unsynced.add(&parent);
         self.find(&parent, name)
     }
 
@@ -48,6 +50,7 @@ impl FileServer {
         let owner = Owner::assume(who.uid, who.gid)?;
         symlinkat(target, &parent.file, name)?;
         drop(owner);
+        self.unsynced.add(&parent);
         self.find(&parent, name)
     }
 
@@ -59,6 +62,7 @@ impl FileServer {
         linkat(&self.descriptors, path.as_c_str(), &parent.file, name, AtFlags::AT_SYMLINK_FOLLOW)?;
         // What has a new name is in the upper layer now, if there are any, and will not part again.
         self.follow(&node.inode);
+        self.unsynced.add(&parent);
         self.find(&parent, name)
     }
 
@@ -75,7 +79,10 @@ impl FileServer {
         let created = openat(&parent.file, name, open_flags(how.flags) | new, mode(how.mode, how.umask));
         drop(owner);
         match created {
-            Ok(file) => self.created(&parent, file, Some(name)),
+            Ok(file) => {
+                self.unsynced.add(&parent);
+                self.created(&parent, file, Some(name))
+            }
             Err(Errno::EEXIST) if how.flags & libc::O_EXCL as u32 == 0 => {
                 let entry = self.find(&parent, name)?;
                 let opened = self.open(entry.nodeid, how.flags, how.fuse_flags);
@@ -105,11 +112,11 @@ impl FileServer {
         name: Option<&CStr>,
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let seen = name.map(|name| (parent, name));
-        let (inode, status) = self.remember(self.reopen(&file, OFlag::O_PATH)?, seen)?;
-        let node = self.node(inode.id)?;
-        let fh = self.handles.insert(&node, file).inspect_err(|_| self.inodes.forget(inode.id, 1))?;
+        let (node, status) = self.remember(self.reopen(&file, OFlag::O_PATH)?, seen)?;
+        let fh = self.handles.insert(&node, file).inspect_err(|_| self.inodes.forget(node.inode.id, 1))?;
         let opened = OpenOut { fh, open_flags: wire::FOPEN_KEEP_CACHE, ..Default::default() };
-        Ok((entry(&parent.inode, &inode, &status), opened))
+        self.unsynced.add(&node);
+        Ok((entry(&parent.inode, &node.inode, &status), opened))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Requests about extended attributes.
 //!
-//! Those of users and the ones with which programs get capabilities and access lists pass through. The host's own
-//! do not: `trusted.*`, where overlayfs and others keep what they believe blindly, and the labels of the host's
-//! security modules.
+//! Those of users and the one with which programs get capabilities pass through. The host's own do not:
+//! `trusted.*`, where overlayfs and others keep what they believe blindly, and the labels of the host's security
+//! modules. Nor do access control lists (`system.posix_acl_*`): the guest checks permissions by modes alone, and a
+//! list that is stored and not obeyed is worse than none.
 
 use std::ffi::CStr;
 
@@ -16,8 +17,7 @@ const MAX_LEN: usize = 64 << 10;
 
 /// Whether an attribute is the guest's to see and to set.
 fn is_allowed(name: &[u8]) -> bool {
-    name.starts_with(b"user.")
-        || matches!(name, b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
+    name.starts_with(b"user.") || name == b"security.capability"
 }
 
 fn check(name: &CStr) -> Result<(), Errno> {
@@ -48,6 +48,7 @@ impl FileServer {
     pub(super) fn set_extended(&self, id: u64, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
         check(name)?;
         let node = self.node(id)?;
+        let _changing = self.unsynced.changing(&node);
         system::set_attribute(&descriptor_path(&node.file), name, value, flags as i32)
     }
 
@@ -78,6 +79,7 @@ impl FileServer {
     pub(super) fn remove_extended(&self, id: u64, name: &CStr) -> Result<(), Errno> {
         check(name)?;
         let node = self.node(id)?;
+        let _changing = self.unsynced.changing(&node);
         system::remove_attribute(&descriptor_path(&node.file), name)
     }
 }

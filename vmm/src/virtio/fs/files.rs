@@ -1,13 +1,14 @@
 //! Requests about the contents of files.
 
 use std::os::fd::AsFd;
+use std::time::SystemTime;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CopyFileRangeIn, FallocateIn, FsyncIn, LseekIn, LseekOut, OpenOut, ReadIn, WriteIn, WriteOut,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, copy_file_range, fallocate};
-use nix::unistd::{Whence, fdatasync, fsync, lseek, syncfs};
+use nix::unistd::{Whence, fdatasync, fsync, lseek};
 
 use super::identity::Version;
 use super::message::{MAX_DATA, Reply};
@@ -40,7 +41,10 @@ impl FileServer {
         };
         let file = self.open_inode(&node, flags)?;
         drop(unprivileged);
-        let version = Version::from(&system::attributes(node.file.as_fd())?);
+        if flags.contains(OFlag::O_TRUNC) {
+            self.unsynced.add(&node);
+        }
+        let version = Version::of(&system::attributes(node.file.as_fd())?, SystemTime::now());
         let keep = node.inode.unchanged_since_last_open(version);
         let fh = self.handles.insert(&node, file)?;
         let open_flags = if keep { wire::FOPEN_KEEP_CACHE } else { 0 };
@@ -64,6 +68,7 @@ impl FileServer {
             return Err(Errno::EINVAL);
         }
         let handle = self.handles.get(what.fh, id)?;
+        let _changing = self.unsynced.changing(&handle.node);
         let _unprivileged = match what.fuse_flags & wire::WRITE_KILL_SUIDGID != 0 {
             true => self.unprivileged(&handle.file)?,
             false => None,
@@ -92,16 +97,14 @@ impl FileServer {
         }
     }
 
-    /// SYNCFS.
-    pub(super) fn sync_all(&self, id: u64) -> Result<(), Errno> {
-        syncfs(self.open_inode(&self.node(id)?, OFlag::O_RDONLY)?)
-    }
-
     /// FALLOCATE.
     pub(super) fn allocate(&self, id: u64, what: FallocateIn) -> Result<(), Errno> {
         let handle = self.handles.get(what.fh, id)?;
         let mode = FallocateFlags::from_bits(what.mode as i32).ok_or(Errno::EOPNOTSUPP)?;
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
+        let _changing = self.unsynced.changing(&handle.node);
+        // The request does not tell whether the caller may keep set-user-ID bits, so nobody may.
+        let _unprivileged = self.unprivileged(&handle.file)?;
         fallocate(&handle.file, mode, signed(what.offset)?, signed(what.length)?)
     }
 
@@ -128,6 +131,8 @@ impl FileServer {
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
         let (mut source, mut target) = (signed(what.offset_in)?, signed(what.offset_out)?);
         let len = what.len.min(MAX_COPY) as usize;
+        let _changing = self.unsynced.changing(&to.node);
+        let _unprivileged = self.unprivileged(&to.file)?;
         let copied = copy_file_range(&from.file, Some(&mut source), &to.file, Some(&mut target), len)?;
         Ok(WriteOut { size: copied as u32, padding: 0 })
     }

@@ -12,10 +12,8 @@ use super::pins::Node;
 /// An open file or directory.
 #[derive(Debug)]
 pub(super) struct Handle {
-    /// The number of its inode.
-    inode: u64,
-    /// Pins the inode, which may lose its names as long as the file is open.
-    _pin: Arc<OwnedFd>,
+    /// Its inode, which may lose its names as long as the file is open, and is pinned until then.
+    pub(super) node: Node,
     /// The open file.
     pub(super) file: OwnedFd,
     /// Where a directory's next entries will be read from. Held while they are.
@@ -49,15 +47,15 @@ impl Handles {
         }
         table.last += 1;
         let number = table.last;
-        let (inode, pin) = (node.inode.id, node.file.clone());
-        table.open.insert(number, Arc::new(Handle { inode, _pin: pin, file, position: Mutex::new(0) }));
+        let handle = Handle { node: node.clone(), file, position: Mutex::new(0) };
+        table.open.insert(number, Arc::new(handle));
         Ok(number)
     }
 
     /// The open file of a number, which must be one of this inode.
     pub(super) fn get(&self, number: u64, inode: u64) -> Result<Arc<Handle>, Errno> {
         let table = lock(&self.table);
-        table.open.get(&number).filter(|handle| handle.inode == inode).cloned().ok_or(Errno::EBADF)
+        table.open.get(&number).filter(|handle| handle.node.inode.id == inode).cloned().ok_or(Errno::EBADF)
     }
 
     /// Closes a file.
@@ -69,6 +67,13 @@ impl Handles {
 
     /// Closes all files.
     pub(super) fn clear(&self) {
-        lock(&self.table).open.clear();
+        let all = std::mem::take(&mut lock(&self.table).open);
+        drop(all);
+    }
+
+    /// How many files are open.
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        lock(&self.table).open.len()
     }
 }

@@ -12,11 +12,14 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
 use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs};
 
 use super::inodes::lock;
 
+/// Longer than the period of any kernel's timer.
+const TIMER: Duration = Duration::from_millis(20);
 /// How many mounts are remembered at a time.
 const MAX_MOUNTS: usize = 1024;
 
@@ -131,12 +134,15 @@ pub(super) struct Version {
     changed: (i64, u32),
 }
 
-impl From<&libc::statx> for Version {
-    fn from(status: &libc::statx) -> Self {
-        Self {
-            size: status.stx_size,
-            modified: (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec),
-            changed: (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec),
-        }
+impl Version {
+    /// What tells this version of a file from others. Nothing does where the last change was only just now: the
+    /// host's kernel may count time by its timer, and give the next change the same one.
+    pub(super) fn of(status: &libc::statx, now: SystemTime) -> Option<Version> {
+        let changed = (status.stx_ctime.tv_sec, status.stx_ctime.tv_nsec);
+        let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        let then = Duration::new(u64::try_from(changed.0).unwrap_or(0), changed.1);
+        since_epoch.checked_sub(then).filter(|age| *age >= TIMER)?;
+        let modified = (status.stx_mtime.tv_sec, status.stx_mtime.tv_nsec);
+        Some(Version { size: status.stx_size, modified, changed })
     }
 }

@@ -8,17 +8,17 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString};
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
 use super::identity::{Identity, Link, Version};
+use super::pins::Node;
 
 /// The number of the tree's root in the protocol.
 pub(super) const ROOT: u64 = 1;
-/// How many inodes the guest may know, pinned or not.
-const MAX_KNOWN: usize = 1 << 20;
 /// How many pinned inodes are looked at to find one that can be released.
 const MAX_SEARCH: usize = 64;
 
@@ -39,7 +39,7 @@ pub(super) struct Inode {
     kind: u32,
     mount: u64,
     identity: Mutex<Identity>,
-    opened: Mutex<Option<Version>>,
+    opened: Mutex<Option<Box<Version>>>,
     hold: Mutex<Hold>,
 }
 
@@ -65,14 +65,21 @@ impl Inode {
         self.kind
     }
 
+    /// The mount that it lies on.
+    pub(super) fn mount(&self) -> u64 {
+        self.mount
+    }
+
     /// Whether it lies on another mount than `other`.
     pub(super) fn crosses_mount(&self, other: &Inode) -> bool {
         self.mount != other.mount
     }
 
-    /// Whether the file has not changed since this was called last.
-    pub(super) fn unchanged_since_last_open(&self, version: Version) -> bool {
-        lock(&self.opened).replace(version) == Some(version)
+    /// Whether the file has not changed since this was called last. A version that could be one of several is
+    /// none.
+    pub(super) fn unchanged_since_last_open(&self, version: Option<Version>) -> bool {
+        let version = version.map(Box::new);
+        std::mem::replace(&mut *lock(&self.opened), version.clone()).is_some_and(|old| Some(old) == version)
     }
 
     /// The inode, opened with `O_PATH`, if it is pinned. It stays pinned at least as long as this is kept.
@@ -112,7 +119,9 @@ struct Known {
 #[derive(Debug, Default)]
 struct Table {
     by_id: HashMap<u64, Known>,
-    by_identity: HashMap<Identity, u64>,
+    /// Numbers by hashes of identities, which are much smaller than identities. Whoever looks one up compares.
+    by_identity: HashMap<u64, u64>,
+    hasher: RandomState,
     /// Those whose identity has a link in it.
     by_link: HashMap<Arc<Link>, u64>,
     last_id: u64,
@@ -130,10 +139,12 @@ pub(super) struct Inodes {
     limits: Limits,
 }
 
-/// How many inodes may be pinned.
+/// How many inodes there may be.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Beyond this, inodes are released that nobody uses.
+    /// So many may be known, pinned or not. Only the guest can make them fewer.
+    pub(super) known: usize,
+    /// Beyond so many pinned ones, inodes are released that nobody uses.
     pub(super) idle: usize,
     /// So many more, if all are in use.
     pub(super) in_use: usize,
@@ -158,13 +169,13 @@ impl Inodes {
     }
 
     /// The inode that the guest is told of now, which it will forget as often as it was told.
-    pub(super) fn remember(&self, file: OwnedFd, identity: Identity) -> Result<Arc<Inode>, Errno> {
+    pub(super) fn remember(&self, file: OwnedFd, identity: Identity) -> Result<Node, Errno> {
         let mut table = self.table();
         if let Some(inode) = table.count_lookup(&identity) {
-            table.pin(&inode, file);
-            return Ok(inode);
+            let file = table.pin(&inode, file);
+            return Ok(Node { inode, file });
         }
-        if table.by_id.len() >= MAX_KNOWN || table.pinned >= self.limits.idle + self.limits.in_use {
+        if table.by_id.len() >= self.limits.known || table.pinned >= self.limits.idle + self.limits.in_use {
             return Err(Errno::ENFILE);
         }
         Ok(table.insert(file, identity))
@@ -180,7 +191,7 @@ impl Inodes {
     /// The guest's inode turned out to be something else on the host by now, and still the same file.
     pub(super) fn rename(&self, inode: &Inode, identity: Identity) {
         let mut table = self.table();
-        if !table.by_id.contains_key(&inode.id) || table.by_identity.contains_key(&identity) {
+        if !table.by_id.contains_key(&inode.id) || table.find(&identity).is_some() {
             return;
         }
         let old = std::mem::replace(&mut *lock(&inode.identity), identity.clone());
@@ -190,14 +201,13 @@ impl Inodes {
 
     /// Whether an inode is known by this identity.
     pub(super) fn is_known(&self, identity: &Identity) -> bool {
-        self.table().by_identity.contains_key(identity)
+        self.table().find(identity).is_some()
     }
 
     /// Remembers where an inode was seen, if the guest knows it.
     pub(super) fn seen_at(&self, identity: &Identity, parent: u64, name: &CStr) {
         let table = self.table();
-        let id = table.by_identity.get(identity).filter(|&&id| id != ROOT);
-        if let Some(known) = id.and_then(|id| table.by_id.get(id)) {
+        if let Some(known) = table.find(identity).filter(|known| known.inode.id != ROOT) {
             known.inode.seen_at(parent, name);
         }
     }
@@ -221,13 +231,18 @@ impl Inodes {
     pub(super) fn release(&self, inode: &Inode, can_be_found: bool) {
         let mut table = self.table();
         let mut hold = lock(&inode.hold);
-        if can_be_found {
-            table.pinned -= usize::from(hold.file.take().is_some());
-        } else {
-            hold.place = None;
-            drop(hold);
-            table.enqueue(inode);
+        // Since it was chosen it may have been forgotten, or come to use again.
+        let Some(file) = &hold.file else { return };
+        if can_be_found && Arc::strong_count(file) == 1 {
+            hold.file = None;
+            table.pinned -= 1;
+            return;
         }
+        if !can_be_found {
+            hold.place = None;
+        }
+        drop(hold);
+        table.enqueue(inode);
     }
 
     /// The guest forgets an inode, so many times. The root is never forgotten.
@@ -260,16 +275,21 @@ impl Inodes {
 }
 
 impl Table {
+    fn find(&self, identity: &Identity) -> Option<&Known> {
+        let id = self.by_identity.get(&self.hasher.hash_one(identity))?;
+        self.by_id.get(id).filter(|known| *lock(&known.inode.identity) == *identity)
+    }
+
     fn count_lookup(&mut self, identity: &Identity) -> Option<Arc<Inode>> {
-        let id = self.by_identity.get(identity)?;
-        let known = self.by_id.get_mut(id)?;
+        let id = self.find(identity)?.inode.id;
+        let known = self.by_id.get_mut(&id)?;
         known.lookups = known.lookups.saturating_add(1);
         Some(known.inode.clone())
     }
 
     /// Adds an inode under a number that was never used, so that a guest which confuses forgotten inodes with
     /// present ones confuses only itself.
-    fn insert(&mut self, file: OwnedFd, identity: Identity) -> Arc<Inode> {
+    fn insert(&mut self, file: OwnedFd, identity: Identity) -> Node {
         self.last_id += 1;
         let id = self.last_id;
         let hold = Mutex::new(Hold { file: None, place: None, used: true });
@@ -278,11 +298,15 @@ impl Table {
         let (identity, opened) = (Mutex::new(identity), Mutex::default());
         let inode = Arc::new(Inode { id, kind, mount, identity, opened, hold });
         self.by_id.insert(id, Known { inode: inode.clone(), lookups: 1 });
-        self.pin(&inode, file);
-        inode
+        let file = self.pin(&inode, file);
+        Node { inode, file }
     }
 
+    /// Pins an inode, unless it was forgotten meanwhile: then only who uses it keeps it.
     fn pin(&mut self, inode: &Inode, file: OwnedFd) -> Arc<OwnedFd> {
+        if !self.by_id.contains_key(&inode.id) {
+            return Arc::new(file);
+        }
         let mut hold = lock(&inode.hold);
         hold.used = true;
         if let Some(file) = &hold.file {
@@ -308,7 +332,7 @@ impl Table {
 
     fn remove(&mut self, id: u64) {
         let Some(known) = self.by_id.remove(&id) else { return };
-        self.pinned -= usize::from(lock(&known.inode.hold).file.is_some());
+        self.pinned -= usize::from(lock(&known.inode.hold).file.take().is_some());
         let identity = known.inode.identity();
         self.remove_identity(&identity, id);
     }
@@ -317,12 +341,14 @@ impl Table {
         if let Some(link) = &identity.link {
             self.by_link.insert(link.clone(), id);
         }
-        self.by_identity.insert(identity, id);
+        // Of two identities with the same hash the older one is as if it were new, when it is seen again.
+        self.by_identity.insert(self.hasher.hash_one(&identity), id);
     }
 
     fn remove_identity(&mut self, identity: &Identity, id: u64) {
-        if self.by_identity.get(identity) == Some(&id) {
-            self.by_identity.remove(identity);
+        let hash = self.hasher.hash_one(identity);
+        if self.by_identity.get(&hash) == Some(&id) {
+            self.by_identity.remove(&hash);
         }
         if let Some(link) = identity.link.as_ref().filter(|link| self.by_link.get(*link) == Some(&id)) {
             self.by_link.remove(link);

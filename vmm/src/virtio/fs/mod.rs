@@ -36,6 +36,7 @@ mod names;
 mod pins;
 mod server;
 mod session;
+mod sync;
 mod system;
 #[cfg(test)]
 mod tests;

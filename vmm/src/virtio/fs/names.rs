@@ -39,8 +39,8 @@ impl FileServer {
             return Ok(entry(&parent.inode, &inode, &status));
         }
         let file = open_name(&parent.file, name)?;
-        let (inode, status) = self.remember(file, Some((parent, name)))?;
-        Ok(entry(&parent.inode, &inode, &status))
+        let (node, status) = self.remember(file, Some((parent, name)))?;
+        Ok(entry(&parent.inode, &node.inode, &status))
     }
 
     /// FORGET and BATCH_FORGET.
@@ -55,7 +55,10 @@ impl FileServer {
 
     /// UNLINK and RMDIR.
     pub(super) fn unlink(&self, parent: u64, name: &CStr, how: UnlinkatFlags) -> Result<(), Errno> {
-        unlinkat(&self.node(parent)?.file, name, how)
+        let parent = self.node(parent)?;
+        unlinkat(&parent.file, name, how)?;
+        self.unsynced.add(&parent);
+        Ok(())
     }
 
     /// RENAME and RENAME2.
@@ -68,6 +71,8 @@ impl FileServer {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
         let (from, to) = (self.node(from)?, self.node(to)?);
         renameat2(&from.file, old, &to.file, new, flags)?;
+        self.unsynced.add(&from);
+        self.unsynced.add(&to);
         self.moved((&from, old), (&to, new));
         if flags.contains(RenameFlags::RENAME_EXCHANGE) {
             self.moved((&to, new), (&from, old));

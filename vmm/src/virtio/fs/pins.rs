@@ -24,7 +24,7 @@ const MAX_DEPTH: usize = 4096;
 const MAX_RELEASES: usize = 8;
 
 /// An inode that can be worked with.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Node {
     /// The inode.
     pub(super) inode: Arc<Inode>,
@@ -70,16 +70,16 @@ impl FileServer {
         &self,
         file: OwnedFd,
         seen: Option<(&Node, &CStr)>,
-    ) -> Result<(Arc<Inode>, libc::statx), Errno> {
+    ) -> Result<(Node, libc::statx), Errno> {
         // First, because it may make the room that is needed.
         self.release_superfluous();
         let status = system::attributes(file.as_fd())?;
         let identity = self.named(self.mounts.identify_file(file.as_fd(), &status), &status, seen);
-        let inode = self.inodes.remember(file, identity.clone())?;
+        let node = self.inodes.remember(file, identity.clone())?;
         if let Some((parent, name)) = seen {
             self.inodes.seen_at(&identity, parent.inode.id, name);
         }
-        Ok((inode, status))
+        Ok((node, status))
     }
 
     /// The inode of these attributes, if it is known. The guest is told of it, and of this name.

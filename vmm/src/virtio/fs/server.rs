@@ -14,13 +14,21 @@ use super::handles::Handles;
 use super::identity::Mounts;
 use super::inodes::{Inodes, Limits};
 use super::pins::Node;
+use super::sync::Unsynced;
 use super::{FsError, system};
 
 /// What the limit of open files is raised to, where that is allowed: the usual `fs.nr_open`.
 const WANTED_FILES: u64 = 1 << 20;
+/// How many inodes the guest may know, pinned or not. They take 280 bytes each, and this process is to do with
+/// 64 MiB. The guest forgets inodes when its memory gets short: this is what it has in 200 MiB of its own.
+const MAX_KNOWN: usize = 3 << 16;
+/// How many files the guest may have open. Each takes 100 bytes here, and up to 2 KiB in the host's kernel.
+const MAX_OPEN: usize = 1 << 16;
 /// How many inodes are pinned at a time, apart from those of open files. They take up to 2 KiB each in the host's
 /// kernel.
 const MAX_PINNED: usize = 16 << 10;
+/// How many changed files are synced one by one when the guest syncs all.
+const MAX_UNSYNCED: usize = 64;
 /// Descriptors that are left to the rest of the process, or a quarter of them where there are few.
 const RESERVED_FILES: u64 = 1024;
 
@@ -39,6 +47,7 @@ pub struct FileServer {
     pub(super) mounts: Mounts,
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
+    pub(super) unsynced: Unsynced,
 }
 
 impl FileServer {
@@ -58,6 +67,7 @@ impl FileServer {
 
     /// Forgets all that the guest referred to.
     pub(super) fn reset(&self) {
+        self.unsynced.clear();
         self.handles.clear();
         self.inodes.clear();
     }
@@ -86,12 +96,14 @@ impl PreparedFileServer {
         let root = open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
         let status = system::attributes(root.as_fd()).map_err(|errno| failed(errno.into()))?;
         // An open file takes a descriptor, and another one for its inode.
-        let open_files = self.files / 4;
-        let limits = Limits { idle: MAX_PINNED.min(self.files / 2), in_use: open_files };
+        let open_files = MAX_OPEN.min(self.files / 4);
+        let idle = MAX_PINNED.min(self.files / 2);
+        let limits = Limits { known: MAX_KNOWN, idle, in_use: open_files + MAX_UNSYNCED };
         let mounts = Mounts::default();
         let identity = mounts.identify_file(root.as_fd(), &status);
         let inodes = Inodes::new(root, identity, limits);
-        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles: Handles::new(open_files) })
+        let (handles, unsynced) = (Handles::new(open_files), Unsynced::new(MAX_UNSYNCED));
+        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles, unsynced })
     }
 }
 

@@ -72,7 +72,7 @@ impl FileServer {
             }
             opcode::RELEASE | opcode::RELEASEDIR => self.release(request.take::<ReleaseIn>()?.fh),
             opcode::FSYNC | opcode::FSYNCDIR => self.sync(node, request.take::<FsyncIn>()?),
-            opcode::SYNCFS => self.sync_all(node),
+            opcode::SYNCFS => self.sync_all(),
             opcode::FALLOCATE => self.allocate(node, request.take::<FallocateIn>()?),
             opcode::LSEEK => reply.object(&self.seek(node, request.take::<LseekIn>()?)?),
             opcode::COPY_FILE_RANGE => reply.object(&self.copy(node, request.take::<CopyFileRangeIn>()?)?),

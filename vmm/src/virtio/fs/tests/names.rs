@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, BatchForgetIn, CreateIn, Dirent, EntryOut, ForgetIn, ForgetOne, InHeader, LinkIn, MkdirIn,
@@ -106,7 +106,7 @@ fn special_files_are_made_but_never_opened() {
     let change = SetattrIn { valid: setattr::SIZE, size: 0, ..Default::default() };
     let refused = driver.call(opcode::SETATTR, fifo.nodeid, &[change.as_slice()]);
     assert_eq!(refused, Err(Errno::EPERM));
-    assert_eq!(driver.call(opcode::SYNCFS, fifo.nodeid, &[&[0; 8]]), Err(Errno::EPERM));
+    driver.call(opcode::SYNCFS, fifo.nodeid, &[&[0; 8]]).unwrap();
     // The guest did not see it coming, and creates.
     let create =
         CreateIn { flags: (libc::O_CREAT | libc::O_RDONLY) as u32, mode: 0o644, umask: 0, fuse_flags: 0 };
@@ -362,7 +362,6 @@ fn a_new_driver_starts_from_the_root() {
     assert_eq!(driver.read(entry.nodeid, opened.fh, 0, 1), Err(Errno::EBADF));
     assert_eq!(driver.open(entry.nodeid, libc::O_RDONLY).unwrap_err(), Errno::ESTALE);
     assert!(driver.lookup(ROOT, c"file").unwrap().nodeid > 1);
-    let started = Instant::now();
     driver.call(opcode::DESTROY, 0, &[]).unwrap();
-    assert!(started.elapsed() < Duration::from_secs(20));
+    assert_eq!(driver.device.server.inodes.counts(), (1, 1));
 }

@@ -12,6 +12,7 @@ use vm_memory::ByteValued;
 use super::driver::ROOT;
 use super::*;
 use crate::virtio::fs::inodes::{Inodes, Limits};
+use crate::virtio::fs::sync::Unsynced;
 use crate::virtio::fs::wire::opcode;
 
 /// A driver whose server keeps to these limits, over a tree of 10 directories with 20 files each.
@@ -21,7 +22,8 @@ fn driver(idle: usize, in_use: usize) -> Driver {
         let status = system::attributes(root.file.as_fd()).unwrap();
         let file = root.file.as_fd().try_clone_to_owned().unwrap();
         let identity = server.mounts.identify_file(root.file.as_fd(), &status);
-        server.inodes = Inodes::new(file, identity, Limits { idle, in_use });
+        server.unsynced = Unsynced::new(0);
+        server.inodes = Inodes::new(file, identity, Limits { known: 250, idle, in_use });
     });
     for directory in 0..10 {
         fs::create_dir(driver.host(&format!("d{directory}"))).unwrap();
@@ -160,4 +162,56 @@ fn too_many_open_files_are_an_error_until_some_are_closed() {
         driver.call(opcode::RELEASE, node, &[ReleaseIn { fh, ..Default::default() }.as_slice()]).unwrap();
     }
     driver.create(c"room-again", 0o644).unwrap();
+}
+
+#[test]
+fn too_many_known_inodes_are_an_error_until_some_are_forgotten() {
+    let mut driver = driver(12, 8);
+    let nodes = walk(&mut driver);
+    let mut numbers = 0..;
+    let mut make = |driver: &mut Driver| {
+        let name = CString::new(format!("n{}", numbers.next().unwrap())).unwrap();
+        fs::write(driver.host(name.to_str().unwrap()), "").unwrap();
+        driver.lookup(ROOT, &name)
+    };
+    let known = counts(&driver).0;
+    (known..250).for_each(|_| assert!(make(&mut driver).is_ok()));
+    assert_eq!(make(&mut driver).unwrap_err(), Errno::ENFILE);
+    // What is known goes on.
+    assert_eq!(attributes(&mut driver, nodes[3][4]).unwrap().attr.size, 3);
+    assert_eq!(walk(&mut driver), nodes);
+    driver.device.server.inodes.forget(nodes[0][0], 2);
+    make(&mut driver).unwrap();
+}
+
+#[test]
+fn an_inode_that_is_forgotten_while_a_request_uses_it_counts_no_more() {
+    let mut driver = driver(12, 8);
+    let id = driver.lookup(ROOT, c"d0").unwrap().nodeid;
+    let before = counts(&driver);
+    let inodes = &driver.device.server.inodes;
+    let inode = inodes.get(id).unwrap();
+    inodes.forget(id, 1);
+    let file = || fs::File::open(driver.host("d0")).unwrap().into();
+    // It is pinned and released by requests that knew it before.
+    inodes.pin(&inode, file());
+    inodes.release(&inode, true);
+    inodes.release(&inode, false);
+    assert_eq!(counts(&driver), (before.0 - 1, before.1 - 1));
+    assert!(inode.pinned().is_none());
+}
+
+#[test]
+fn an_inode_that_comes_to_use_is_not_released() {
+    let mut driver = driver(0, 8);
+    let id = driver.lookup(ROOT, c"d0").unwrap().nodeid;
+    let server = &driver.device.server;
+    let inode = server.inodes.get(id).unwrap();
+    let in_use = inode.pinned().unwrap();
+    // It was chosen just before that.
+    server.inodes.release(&inode, true);
+    assert!(inode.pinned().is_some());
+    drop(in_use);
+    server.inodes.release(&inode, true);
+    assert!(inode.pinned().is_none());
 }
