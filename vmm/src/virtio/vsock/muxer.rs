@@ -16,8 +16,9 @@ use crate::virtio::buffers::GuestBuffers;
 
 /// The most connections there can be, those included whose guest end is gone but whose last bytes were not read.
 pub const MAX_CONNECTIONS: usize = 1024;
-/// Replies to packets without a connection that may wait for a buffer of the guest. The device has to be able
-/// to take in a whole queue while the guest offers no buffers, and not more (section 5.10.6.1.2).
+/// As long as so many replies wait for a buffer of the guest, nothing is done that could bring more of them, but
+/// for one of each connection that ends. The device has to be able to take in a whole queue while the guest offers
+/// no buffers, and not more (section 5.10.6.1.2).
 pub const MAX_REPLIES: usize = 256;
 
 /// What the guest may send ahead on each of the first connections ...
@@ -126,9 +127,9 @@ impl Muxer {
     }
 
     /// Asks the guest for a connection to one of its ports. If there are too many connections, or the guest
-    /// refuses, `host` is closed.
+    /// refuses or does not listen to what was said before, `host` is closed.
     pub fn connect(&mut self, guest_port: u32, host: UnixStream) {
-        if self.is_full() {
+        if self.is_full() || self.is_congested() {
             return;
         }
         let mut id = ConnectionId { guest_port, host_port: self.next_host_port };
@@ -159,6 +160,12 @@ impl Muxer {
     /// Whether no packet of the guest may be taken in before it has taken some of ours.
     pub fn is_congested(&self) -> bool {
         self.replies.len() >= MAX_REPLIES
+    }
+
+    /// How many replies wait.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.replies.len()
     }
 
     /// Whether there may be a packet for the guest.

@@ -317,6 +317,25 @@ impl Bench {
     }
 }
 
+#[test]
+fn connections_that_end_unheard_of_leave_a_bounded_number_of_replies() {
+    let guest = Guest::new(&[16]);
+    let queue = Virtqueue::from(guest.activation(0).queues.remove(0));
+    let muxer = Muxer::new(CID, Shared::new().unwrap());
+    let mut bench = Bench { guest, queue, muxer, watched: Vec::new() };
+    for _ in 0..3 * MAX_CONNECTIONS {
+        let (device, host) = UnixStream::pair().unwrap();
+        bench.muxer.connect(1, device);
+        drop(host);
+        for change in bench.muxer.take_changes() {
+            if let Change::Add(token) = change {
+                bench.muxer.refuse(token);
+            }
+        }
+    }
+    assert_eq!(bench.muxer.waiting(), MAX_REPLIES);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
     #[test]
@@ -330,6 +349,8 @@ proptest! {
         let mut hosts: Vec<UnixStream> = Vec::new();
         for step in steps {
             match step {
+                // The worker takes no packet then.
+                Step::Packet(..) if bench.muxer.is_congested() => {}
                 Step::Packet(header, len) => {
                     let parts = [Part::Out(header.to_bytes().to_vec()), Part::Out(vec![1; len])];
                     bench.with_chain(&parts, |muxer, packet| muxer.receive(packet));
@@ -361,6 +382,7 @@ proptest! {
             hosts.iter().for_each(|host| host.set_nonblocking(true).unwrap());
             bench.poll_sockets();
             prop_assert!(bench.watched.len() <= MAX_CONNECTIONS);
+            prop_assert!(bench.muxer.waiting() <= MAX_REPLIES + MAX_CONNECTIONS);
         }
         // Whatever happened, the muxer runs out of packets, unless a host end has endless data for the guest.
         drop(hosts);
