@@ -34,6 +34,7 @@ mod inodes;
 mod message;
 mod names;
 mod pins;
+mod proc;
 mod server;
 mod session;
 mod sync;

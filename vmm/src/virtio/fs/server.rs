@@ -15,7 +15,7 @@ use super::identity::Mounts;
 use super::inodes::{Inodes, Limits};
 use super::pins::Node;
 use super::sync::Unsynced;
-use super::{FsError, system};
+use super::{FsError, proc, system};
 
 /// What the limit of open files is raised to, where that is allowed: the usual `fs.nr_open`.
 const WANTED_FILES: u64 = 1 << 20;
@@ -57,9 +57,7 @@ impl FileServer {
     /// Raises the process's limit of open files as far as it may, since open files of the guest and inodes that it
     /// uses take one each; programs that this process executes inherit it.
     pub fn prepare() -> Result<PreparedFileServer, FsError> {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let descriptors = open("/proc/self/fd", flags, Mode::empty());
-        let descriptors = descriptors.map_err(|errno| FsError::Proc(errno.into()))?;
+        let descriptors = proc::open_descriptors().map_err(FsError::Proc)?;
         let limit = raise_file_limit();
         let files = limit - RESERVED_FILES.min(limit / 4);
         Ok(PreparedFileServer { descriptors, files: files as usize })
