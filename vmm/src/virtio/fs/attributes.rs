@@ -13,6 +13,7 @@ use nix::unistd::{Gid, Uid, fchownat, ftruncate};
 use super::pins::Node;
 use super::server::{FileServer, descriptor_path};
 use super::thread::Unprivileged;
+use super::wire::StatxOut;
 use super::wire::setattr::{ATIME, ATIME_NOW, FH, GID, KILL_SUIDGID, MODE, MTIME, MTIME_NOW, SIZE, UID};
 use super::{VALIDITY, system};
 
@@ -21,6 +22,31 @@ impl FileServer {
     /// for reading before its first change stays the old one.
     pub(super) fn attributes(&self, id: u64) -> Result<AttrOut, Errno> {
         attributes_reply(&self.node(id)?)
+    }
+
+    /// STATX: the same, and when the inode was born.
+    pub(super) fn all_attributes(&self, id: u64) -> Result<StatxOut, Errno> {
+        let status = system::attributes(self.node(id)?.file.as_fd())?;
+        Ok(StatxOut {
+            attr_valid: VALIDITY.as_secs(),
+            attr_valid_nsec: VALIDITY.subsec_nanos(),
+            mask: status.stx_mask & (libc::STATX_BASIC_STATS | libc::STATX_BTIME),
+            blksize: status.stx_blksize,
+            nlink: status.stx_nlink,
+            uid: status.stx_uid,
+            gid: status.stx_gid,
+            mode: status.stx_mode,
+            ino: status.stx_ino,
+            size: status.stx_size,
+            blocks: status.stx_blocks,
+            atime: status.stx_atime.into(),
+            btime: status.stx_btime.into(),
+            ctime: status.stx_ctime.into(),
+            mtime: status.stx_mtime.into(),
+            rdev: [status.stx_rdev_major, status.stx_rdev_minor],
+            dev: [status.stx_dev_major, status.stx_dev_minor],
+            ..Default::default()
+        })
     }
 
     /// SETATTR.

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryMmap;
 use super::extended::Value;
 use super::message::{MAX_DATA, Reply, Request, component, decode, split_text};
 use super::server::FileServer;
-use super::wire::opcode;
+use super::wire::{StatxIn, opcode};
 use crate::virtio::virtqueue::Chain;
 
 /// The oldest protocol that the virtiofs driver was ever released with.
@@ -55,6 +55,10 @@ impl FileServer {
             }
             opcode::LOOKUP => reply.object(&self.lookup(node, &request.name()?)?),
             opcode::GETATTR => reply.object(&self.attributes(node)?),
+            opcode::STATX => {
+                request.take::<StatxIn>()?;
+                reply.object(&self.all_attributes(node)?)
+            }
             opcode::SETATTR => reply.object(&self.set_attributes(node, &request.take::<SetattrIn>()?)?),
             opcode::STATFS => reply.object(&self.statistics(node)?),
             opcode::READLINK => reply.bytes(self.read_link(node)?.to_bytes()),

@@ -1,6 +1,8 @@
 //! What the FUSE protocol says in numbers: operations and flags that fuse-backend-rs leaves out or keeps to itself.
 //! The structures of the messages are fuse-backend-rs's, see `linux/fuse.h` for both.
 
+use vm_memory::ByteValued;
+
 /// Operations (`enum fuse_opcode`).
 pub(super) mod opcode {
     pub(crate) const LOOKUP: u32 = 1;
@@ -42,6 +44,7 @@ pub(super) mod opcode {
     pub(crate) const COPY_FILE_RANGE: u32 = 47;
     pub(crate) const SYNCFS: u32 = 50;
     pub(crate) const TMPFILE: u32 = 51;
+    pub(crate) const STATX: u32 = 52;
 }
 
 /// Which fields of a `fuse_setattr_in` are meant.
@@ -70,3 +73,65 @@ pub(super) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub(super) const FSYNC_DATA_ONLY: u32 = 1 << 0;
 /// Another file system is mounted here (`fuse_attr.flags`).
 pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
+
+/// Arguments of STATX (`struct fuse_statx_in`).
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct StatxIn {
+    getattr_flags: u32,
+    reserved: u32,
+    fh: u64,
+    flags: u32,
+    mask: u32,
+}
+
+/// Reply to STATX (`struct fuse_statx_out`).
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct StatxOut {
+    pub(super) attr_valid: u64,
+    pub(super) attr_valid_nsec: u32,
+    pub(super) flags: u32,
+    pub(super) spare: [u64; 2],
+    pub(super) mask: u32,
+    pub(super) blksize: u32,
+    pub(super) attributes: u64,
+    pub(super) nlink: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) mode: u16,
+    pub(super) spare0: u16,
+    pub(super) ino: u64,
+    pub(super) size: u64,
+    pub(super) blocks: u64,
+    pub(super) attributes_mask: u64,
+    pub(super) atime: Time,
+    pub(super) btime: Time,
+    pub(super) ctime: Time,
+    pub(super) mtime: Time,
+    pub(super) rdev: [u32; 2],
+    pub(super) dev: [u32; 2],
+    pub(super) spare2: [u64; 14],
+}
+
+/// A time in [`StatxOut`] (`struct fuse_sx_time`).
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Time {
+    pub(super) seconds: i64,
+    pub(super) nanoseconds: u32,
+    pub(super) reserved: i32,
+}
+
+impl From<libc::statx_timestamp> for Time {
+    fn from(time: libc::statx_timestamp) -> Self {
+        Self { seconds: time.tv_sec, nanoseconds: time.tv_nsec, reserved: 0 }
+    }
+}
+
+// SAFETY: it consists of integers, and their sizes leave no padding.
+unsafe impl ByteValued for StatxIn {}
+// SAFETY: it consists of integers, and their sizes leave no padding.
+unsafe impl ByteValued for StatxOut {}
+
+const _: () = assert!(size_of::<StatxIn>() == 24 && size_of::<StatxOut>() == 288);

@@ -198,6 +198,23 @@ fn attributes_can_be_set() {
 }
 
 #[test]
+fn an_inode_tells_when_it_was_born() {
+    let mut driver = Driver::new();
+    let (entry, _) = driver.create(c"file", 0o644).unwrap();
+    let all: wire::StatxOut = driver.object(opcode::STATX, entry.nodeid, &[&[0; 24]]).unwrap();
+    assert_eq!((all.ino, u32::from(all.mode), all.nlink), (entry.attr.ino, entry.attr.mode, 1));
+    let since_epoch = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    // Not every file system knows.
+    match fs::metadata(driver.host("file")).unwrap().created() {
+        Ok(born) => {
+            assert_eq!(Duration::new(all.btime.seconds as u64, all.btime.nanoseconds), since_epoch(born))
+        }
+        Err(_) => assert_eq!(all.mask & libc::STATX_BTIME, 0),
+    }
+    assert_eq!(driver.call(opcode::STATX, entry.nodeid, &[&[0; 8]]), Err(Errno::EINVAL));
+}
+
+#[test]
 fn privileged_bits_are_cleared_for_ordinary_writers_only() {
     let mut driver = Driver::new();
     let (entry, opened) = driver.create(c"file", 0o755).unwrap();

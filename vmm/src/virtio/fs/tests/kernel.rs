@@ -126,6 +126,11 @@ fn programs_find_a_file_system_as_they_know_it() {
     mounted.run("tar cf - -C /usr/include linux | tar xf - && tar df - < /dev/null || true; rm -r linux");
     mounted.run("printf '#!/bin/sh\\necho ran' > x; chmod +x x; test \"$(./x)\" = ran");
     mounted.run("touch -d @77 t && test \"$(stat -c %Y t)\" = 77 && ln -s t s && touch -h -d @55 s && test \"$(stat -c %Y s)\" = 55");
+    // Birth, of clients that ask for it (Linux 6.6).
+    let born = mounted.host("born").display().to_string();
+    let birth =
+        format!("touch born; case $(stat -c %W born) in 0|-|$(stat -c %W {born})) ;; *) false;; esac");
+    mounted.run(&birth);
     mounted.run("df . && test \"$(ls -a | head -2 | tr -d '\\n')\" = ...");
 }
 

@@ -351,6 +351,46 @@ fn a_file_system_mounted_in_the_tree_is_a_submount() {
 }
 
 #[test]
+fn a_mount_that_is_read_only_is_not_changed() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    if !nix::unistd::geteuid().is_root() || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err()
+    {
+        return skipped("root");
+    }
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    let mut driver = Driver::new();
+    let target = driver.host("volume");
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("file"), "content").unwrap();
+    mount(Some(&target), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(None::<&str>, &target, None::<&str>, read_only, None::<&str>).unwrap();
+
+    let volume = driver.lookup(ROOT, c"volume").unwrap().nodeid;
+    let file = driver.lookup(volume, c"file").unwrap().nodeid;
+    let fh = driver.open(file, libc::O_RDONLY).unwrap().fh;
+    assert_eq!(driver.read(file, fh, 0, 10).unwrap(), b"content");
+    assert_eq!(driver.open(file, libc::O_RDWR).unwrap_err(), Errno::EROFS);
+    assert_eq!(driver.open(file, libc::O_WRONLY | libc::O_TRUNC).unwrap_err(), Errno::EROFS);
+    assert_eq!(make_directory(&mut driver, volume, "new", 0o755).unwrap_err(), Errno::EROFS);
+    let rename = RenameIn { newdir: volume };
+    for (opcode, node, arguments) in [
+        (opcode::UNLINK, volume, vec![&b"file\0"[..]]),
+        (opcode::RENAME, volume, vec![rename.as_slice(), b"file\0moved\0"]),
+        (opcode::SYMLINK, volume, vec![b"link\0", b"target\0"]),
+        (opcode::SETXATTR, file, vec![&[1, 0, 0, 0, 0, 0, 0, 0], b"user.key\0v"]),
+        (opcode::LINK, volume, vec![&file.to_ne_bytes()[..], b"linked\0"]),
+    ] {
+        assert_eq!(driver.call(opcode, node, &arguments), Err(Errno::EROFS), "{opcode}");
+    }
+    for valid in [setattr::MODE, setattr::UID, setattr::SIZE, setattr::MTIME] {
+        let change = SetattrIn { valid, mode: 0o600, ..Default::default() };
+        assert_eq!(driver.call(opcode::SETATTR, file, &[change.as_slice()]), Err(Errno::EROFS), "{valid}");
+    }
+    umount2(&target, MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
 fn a_new_driver_starts_from_the_root() {
     let mut driver = Driver::new();
     let (entry, opened) = driver.create(c"file", 0o644).unwrap();

@@ -126,6 +126,20 @@ fn what_the_guest_moves_is_found_where_it_is() {
     assert_eq!(attributes(&mut driver, nodes[1][7]).unwrap().attr.size, 3);
 }
 
+#[test]
+fn what_is_replaced_while_it_is_not_pinned_is_not_mistaken_for_what_replaced_it() {
+    let mut driver = driver(12, 8);
+    let nodes = walk(&mut driver);
+    let directory = driver.lookup(ROOT, c"d0").unwrap().nodeid;
+    let rename = RenameIn { newdir: directory };
+    walk_others(&mut driver);
+    driver.call(opcode::RENAME, directory, &[rename.as_slice(), b"f1\0f2\0"]).unwrap();
+    walk_others(&mut driver);
+    assert_eq!(attributes(&mut driver, nodes[0][2]).unwrap_err(), Errno::ESTALE);
+    assert_eq!(attributes(&mut driver, nodes[0][1]).unwrap().attr.size, 3);
+    assert_eq!(driver.lookup(directory, c"f2").unwrap().nodeid, nodes[0][1]);
+}
+
 fn walk_others(driver: &mut Driver) {
     for directory in 2..10 {
         let parent = driver.lookup(ROOT, &CString::new(format!("d{directory}")).unwrap()).unwrap().nodeid;
