@@ -3,7 +3,7 @@
 //! RVM_TESTS_NEED_ROOT set they fail there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -44,7 +44,8 @@ impl Mounted {
         if !nix::unistd::geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
             return None;
         }
-        let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse").ok()?;
+        let mut fuse = OpenOptions::new();
+        let fuse = fuse.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/fuse").ok()?;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>).ok()?;
         let seen = tempfile::tempdir().unwrap();
@@ -82,34 +83,55 @@ impl Drop for Mounted {
     }
 }
 
+/// How many requests are with the device at a time.
+const IN_FLIGHT: usize = 16;
+
 /// Carries requests from the kernel to the device and replies back, until the file system is unmounted.
 fn forward(mut fuse: File, mut device: FsDevice) {
     let mut guest = Guest::new(&QUEUE_SIZES);
     let features = device.features();
     guest.activate(&mut device, features);
     let mut buffer = vec![0; (1 << 20) + 8192];
-    while let Ok(len) = fuse.read(&mut buffer) {
-        let (header, arguments) = buffer[..len].split_at(size_of::<InHeader>());
-        let opcode = object::<InHeader>(header).opcode;
-        let room = match opcode {
-            opcode::READ | opcode::READDIR | opcode::READDIRPLUS => object::<ReadIn>(arguments).size,
-            _ => 80 << 10,
-        };
-        let queue = usize::from(REQUEST_QUEUE);
-        let parts = [Part::Out(header.to_vec()), Part::Out(arguments.to_vec()), Part::In(16), Part::In(room)];
-        guest.push(queue, &parts);
-        guest.kick(queue);
-        let reply = loop {
-            match guest.pop_used(queue) {
-                Some(used) => break used,
-                None => thread::yield_now(),
+    let mut in_flight = 0;
+    loop {
+        while in_flight < IN_FLIGHT {
+            match fuse.read(&mut buffer) {
+                Ok(len) => push(&mut guest, &buffer[..len]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // A request that was given up before it was read.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+                Err(_) => return,
             }
-        };
-        if reply.len > 0 {
-            // A request that was given up in the meantime takes no reply.
-            let _ = fuse.write(&reply.data);
+            in_flight += 1;
+        }
+        let used = [HIGH_PRIORITY_QUEUE, REQUEST_QUEUE].map(|queue| guest.pop_used(queue.into()));
+        if used.iter().all(Option::is_none) {
+            thread::yield_now();
+        }
+        for reply in used.into_iter().flatten() {
+            in_flight -= 1;
+            if reply.len > 0 {
+                // A request that was given up in the meantime takes no reply.
+                let _ = fuse.write(&reply.data);
+            }
         }
     }
+}
+
+/// Offers a request to the device as the virtiofs driver does.
+fn push(guest: &mut Guest, request: &[u8]) {
+    let (header, arguments) = request.split_at(size_of::<InHeader>());
+    let mut parts = vec![Part::Out(header.to_vec()), Part::Out(arguments.to_vec())];
+    let (queue, room) = match object::<InHeader>(header).opcode {
+        opcode::FORGET | opcode::BATCH_FORGET => (HIGH_PRIORITY_QUEUE, None),
+        opcode::READ | opcode::READDIR | opcode::READDIRPLUS => {
+            (REQUEST_QUEUE, Some(object::<ReadIn>(arguments).size))
+        }
+        _ => (REQUEST_QUEUE, Some(80 << 10)),
+    };
+    parts.extend(room.into_iter().flat_map(|room| [Part::In(16), Part::In(room)]));
+    guest.push(queue.into(), &parts);
+    guest.kick(queue.into());
 }
 
 #[test]
@@ -132,6 +154,18 @@ fn programs_find_a_file_system_as_they_know_it() {
         format!("touch born; case $(stat -c %W born) in 0|-|$(stat -c %W {born})) ;; *) false;; esac");
     mounted.run(&birth);
     mounted.run("df . && test \"$(ls -a | head -2 | tr -d '\\n')\" = ...");
+}
+
+#[test]
+fn many_programs_work_at_once() {
+    let Some(mounted) = Mounted::new() else { return skipped("root and /dev/fuse") };
+    mounted.run(
+        "for i in 1 2 3 4 5 6 7 8; do (
+            mkdir $i; seq 20000 > $i/a; cp $i/a $i/b; cmp $i/a $i/b; sync $i/b
+            for j in 1 2 3 4 5; do echo $j > $i/$j; mv $i/$j $i/n$j; cat $i/n$j; done; rm -r $i
+        ) & pids=\"${pids-} $!\"; done; for pid in $pids; do wait $pid; done",
+    );
+    assert_eq!(fs::read_dir(&mounted.host).unwrap().count(), 0);
 }
 
 #[test]
@@ -215,7 +249,8 @@ fn the_finer_points_hold() {
     for round in 0..300 {
         fs::write(mounted.seen(&format!("many{round}")), "x").unwrap();
     }
-    assert!(open() >= before + 300, "an inode that the guest knows is held open");
+    // What was used before is given back at the same time.
+    assert!(open() >= before + 200, "an inode that the guest knows is held open");
     mounted.run("rm many*");
     wait_for(|| open() <= before + 100);
 }
