@@ -1,13 +1,14 @@
 //! Contents, attributes, and extended attributes.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, CopyFileRangeIn, FallocateIn, FsOptions, FsyncIn, GetxattrIn, GetxattrOut, Kstatfs, LseekIn,
-    LseekOut, OpenIn, OpenOut, ReleaseIn, SetattrIn, SetxattrIn, WriteIn, WriteOut,
+    AttrOut, CopyFileRangeIn, FallocateIn, FsOptions, FsyncIn, GetxattrIn, GetxattrOut, InHeader, Kstatfs,
+    LseekIn, LseekOut, OpenIn, OpenOut, ReleaseIn, SetattrIn, SetxattrIn, WriteIn, WriteOut,
 };
 use nix::errno::Errno;
 use vm_memory::ByteValued;
@@ -16,6 +17,7 @@ use super::driver::ROOT;
 use super::*;
 use crate::virtio::fs::identity::Version;
 use crate::virtio::fs::wire::{self, opcode, setattr};
+use crate::virtio::testing::Part;
 
 fn set(driver: &mut Driver, node: u64, change: SetattrIn) -> Result<AttrOut, Errno> {
     driver.object(opcode::SETATTR, node, &[change.as_slice()])
@@ -212,6 +214,49 @@ fn an_inode_tells_when_it_was_born() {
         Err(_) => assert_eq!(all.mask & libc::STATX_BTIME, 0),
     }
     assert_eq!(driver.call(opcode::STATX, entry.nodeid, &[&[0; 8]]), Err(Errno::EINVAL));
+}
+
+#[test]
+fn a_reset_waits_for_the_request_that_is_served() {
+    let mut driver = Driver::new();
+    fs::write(driver.host("file"), "").unwrap();
+    let node = driver.lookup(ROOT, c"file").unwrap().nodeid;
+    // To open for writing what someone has a lease of blocks until it is given up. The signal of that is not needed.
+    let holder = fs::File::open(driver.host("file")).unwrap();
+    let lease = |operation, argument: i32| {
+        // SAFETY: both operations take integers only.
+        unsafe { libc::fcntl(holder.as_raw_fd(), operation, argument) }
+    };
+    // SAFETY: no handler is set.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    if lease(libc::F_SETLEASE, libc::F_RDLCK) != 0 {
+        return skipped("a file system with leases");
+    }
+    let open = OpenIn { flags: libc::O_WRONLY as u32, fuse_flags: 0 };
+    let len = (size_of::<InHeader>() + size_of::<OpenIn>()) as u32;
+    let header = InHeader { len, opcode: opcode::OPEN, unique: 77, nodeid: node, ..Default::default() };
+    let queue = usize::from(REQUEST_QUEUE);
+    let request = [header.as_slice(), open.as_slice()].concat();
+    driver.guest.push(queue, &[Part::Out(request), Part::In(100)]);
+    driver.guest.kick(queue);
+    // It says what it is to become while somebody waits.
+    while lease(libc::F_GETLEASE, 0) != libc::F_UNLCK {
+        std::thread::yield_now();
+    }
+    let given_up = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let device = &mut driver.device;
+        let reset = scope.spawn(|| {
+            device.reset();
+            given_up.load(Ordering::SeqCst)
+        });
+        // Time to get it wrong.
+        std::thread::sleep(Duration::from_millis(50));
+        given_up.store(true, Ordering::SeqCst);
+        assert_eq!(lease(libc::F_SETLEASE, libc::F_UNLCK), 0);
+        assert!(reset.join().unwrap(), "the rings are not touched any more when a reset is done");
+    });
+    assert_eq!((driver.device.server.inodes.counts(), driver.device.server.handles.count()), ((1, 1), 0));
 }
 
 #[test]
