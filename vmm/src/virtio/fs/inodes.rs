@@ -376,3 +376,17 @@ fn find_idle(by_id: &HashMap<u64, Known>, order: &mut VecDeque<u64>) -> Option<A
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_known_inode_takes_as_much_memory_as_the_limit_is_made_for() {
+        // With two counters of its own, what the allocator adds, and a name of usual length.
+        let inode = size_of::<Inode>() + 2 * size_of::<usize>() + 8 + 32;
+        // Tables of 2^18 places, each with one byte more, for three quarters as many inodes.
+        let tables = (size_of::<(u64, Known)>() + size_of::<(u64, u64)>() + 2) * 4 / 3;
+        assert!(inode + tables <= 280, "{inode} {tables}");
+    }
+}
