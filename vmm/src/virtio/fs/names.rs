@@ -46,6 +46,9 @@ impl FileServer {
     /// FORGET and BATCH_FORGET.
     pub(super) fn forget(&self, forgotten: ForgetOne) {
         self.inodes.forget(forgotten.nodeid, forgotten.nlookup);
+        if self.inodes.get(forgotten.nodeid).is_err() {
+            self.forget_unsynced(forgotten.nodeid);
+        }
     }
 
     /// How many inodes a BATCH_FORGET may name.

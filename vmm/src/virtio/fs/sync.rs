@@ -14,9 +14,10 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::{fsync, syncfs};
 
-use super::inodes::lock;
+use super::inodes::{ROOT, lock};
 use super::pins::Node;
 use super::server::FileServer;
+use super::system;
 
 /// What the guest changed and did not sync since. It pins them.
 #[derive(Debug)]
@@ -75,6 +76,25 @@ impl Unsynced {
         }
     }
 
+    /// Takes an inode away, and tells whether it stood for its mount.
+    fn remove(&self, id: u64) -> bool {
+        let mut changed = lock(&self.changed);
+        let before = changed.mounts.len();
+        changed.nodes.remove(&id);
+        changed.mounts.retain(|_, node| node.inode.id != id);
+        changed.mounts.len() < before
+    }
+
+    fn node(&self, id: u64) -> Option<Node> {
+        let changed = lock(&self.changed);
+        let mut mounts = changed.mounts.values();
+        changed.nodes.get(&id).or_else(|| mounts.find(|node| node.inode.id == id)).cloned()
+    }
+
+    fn add_mount(&self, node: &Node) {
+        lock(&self.changed).mounts.entry(node.inode.mount()).or_insert_with(|| node.clone());
+    }
+
     /// Forgets all of it.
     pub(super) fn clear(&self) {
         self.take();
@@ -100,8 +120,25 @@ impl FileServer {
         let whole = mounts.values().map(|node| syncfs(self.open_to_sync(node)?.as_fd()));
         let files = nodes.values().filter(|node| !mounts.contains_key(&node.inode.mount()));
         let files = files.map(|node| fsync(self.open_to_sync(node)?.as_fd()));
-        let results: Vec<_> = whole.chain(files).collect();
+        // Some file systems have nothing to sync.
+        let results: Vec<_> = whole.chain(files).filter(|result| *result != Err(Errno::EINVAL)).collect();
         results.into_iter().collect()
+    }
+
+    /// The guest has forgotten an inode. If it has no names left either, nothing of it has to last, and the space
+    /// that it takes is to be free.
+    pub(super) fn forget_unsynced(&self, id: u64) {
+        let Some(node) = self.unsynced.node(id) else { return };
+        let status = system::attributes(node.file.as_fd());
+        if !status.is_ok_and(|status| status.stx_nlink == 0) || !self.unsynced.remove(id) {
+            return;
+        }
+        // Something else has to stand for its mount.
+        let parent = node.inode.place().map_or(ROOT, |place| place.parent);
+        let others = [parent, ROOT].into_iter().filter_map(|id| self.node(id).ok());
+        if let Some(other) = others.into_iter().find(|other| other.inode.mount() == node.inode.mount()) {
+            self.unsynced.add_mount(&other);
+        }
     }
 
     fn open_to_sync(&self, node: &Node) -> Result<OwnedFd, Errno> {

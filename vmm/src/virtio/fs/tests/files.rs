@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, CopyFileRangeIn, FallocateIn, FsOptions, FsyncIn, GetxattrIn, GetxattrOut, InHeader, Kstatfs,
-    LseekIn, LseekOut, OpenIn, OpenOut, ReleaseIn, SetattrIn, SetxattrIn, WriteIn, WriteOut,
+    AttrOut, CopyFileRangeIn, FallocateIn, ForgetOne, FsOptions, FsyncIn, GetxattrIn, GetxattrOut, InHeader,
+    Kstatfs, LseekIn, LseekOut, OpenIn, OpenOut, ReleaseIn, SetattrIn, SetxattrIn, WriteIn, WriteOut,
 };
 use nix::errno::Errno;
 use vm_memory::ByteValued;
@@ -162,6 +162,18 @@ fn what_the_guest_changed_is_synced_once() {
     driver.call(opcode::RELEASE, entry.nodeid, &[release.as_slice()]).unwrap();
     driver.call(opcode::SYNCFS, ROOT, &[&[0; 8]]).unwrap();
     assert_eq!(count(&driver), 0);
+    // Nor is what is gone kept until then, which would take space on the disk.
+    let forget = |driver: &Driver, nodeid| driver.device.server.forget(ForgetOne { nodeid, nlookup: 1 });
+    let (entry, opened) = driver.create(c"gone", 0o644).unwrap();
+    let (kept, _) = driver.create(c"kept", 0o644).unwrap();
+    driver.call(opcode::UNLINK, ROOT, &[b"gone\0"]).unwrap();
+    let release = ReleaseIn { fh: opened.fh, ..Default::default() };
+    driver.call(opcode::RELEASE, entry.nodeid, &[release.as_slice()]).unwrap();
+    assert_eq!(count(&driver), 3);
+    forget(&driver, entry.nodeid);
+    forget(&driver, kept.nodeid);
+    assert_eq!(count(&driver), 2, "the directory and what is kept");
+    driver.call(opcode::SYNCFS, ROOT, &[&[0; 8]]).unwrap();
     // More than are remembered.
     for number in 0..200 {
         driver.create(&std::ffi::CString::new(format!("{number}")).unwrap(), 0o644).unwrap();
