@@ -12,6 +12,7 @@
 //! guest kernel could lie about who asks, so a second check of the same users on the host would keep nothing out;
 //! what it may reach is bounded by the tree alone. Requests are therefore served with the server's own rights, and
 //! what they create belongs from its first moment to the user and group that the request names, see [`thread`].
+//! Access control lists are not a part of this: they can be neither read nor set.
 //!
 //! # What is cached
 //!
@@ -19,7 +20,8 @@
 //! and attributes are valid for 50 ms ([`VALIDITY`]), no longer than it takes to start a process with
 //! `docker exec`, yet enough for the dozens of look-ups of one `execve` or `#include` to cost one round trip each.
 //! File contents stay in the guest's page cache across opens only if the file has not changed since the last
-//! open, and are dropped when its attributes show a change. Writes go through at once (no write-back cache).
+//! open, and are dropped when its attributes show a change. Writes go through at once (no write-back cache), so a
+//! `sync` has only the host's cache to write out, see [`sync`].
 //! File locks are the guest's own: they hold between its processes, not against processes of the host. Nor does
 //! inotify in the guest hear of changes that the host makes.
 
