@@ -16,6 +16,14 @@ const MAX_CLIENTS: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClientId(u64);
 
+#[cfg(test)]
+impl ClientId {
+    /// An ID where no connection is needed.
+    pub fn for_test(number: u64) -> ClientId {
+        ClientId(number)
+    }
+}
+
 /// One connection.
 #[derive(Debug)]
 struct Client {

@@ -8,6 +8,7 @@ use rvm_vmm::virtio::net::NetDevice;
 
 use super::boot::SLOTS;
 use super::clients::ClientId;
+use super::execution::Execution;
 use super::service::{Deadline, KILL_PATIENCE, Outcome, SYNC_PATIENCE, Service};
 use super::streams::{Stream, StreamRole};
 use crate::console;
@@ -33,23 +34,6 @@ pub(super) enum Pending {
     PauseSync(ClientId),
     /// Nobody.
     Nobody,
-}
-
-/// A further process of the container.
-#[derive(Debug)]
-pub(super) struct Execution {
-    /// Whose it is.
-    pub client: ClientId,
-    /// How many streams it has.
-    pub expected_streams: usize,
-    /// Its streams, as far as they are connected.
-    pub streams: Vec<Stream>,
-    /// Whether the agent has started it.
-    pub started: bool,
-    /// Whether the client was told.
-    pub announced: bool,
-    /// How it ended.
-    pub status: Option<ExitStatus>,
 }
 
 impl Service {
@@ -199,16 +183,7 @@ impl Service {
             .streams
             .expect(process, exec.terminal)
             .map_err(|error| format!("cannot draw a random number: {error}"))?;
-        let expected_streams = if exec.terminal.is_some() { 1 } else { 3 };
-        let execution = Execution {
-            client,
-            expected_streams,
-            streams: Vec::new(),
-            started: false,
-            announced: false,
-            status: None,
-        };
-        self.executions.insert(process, execution);
+        self.executions.insert(process, Execution::new(client, &streams));
         self.clients.set_process(client, process);
         let request =
             ExecProcess { process, spec: exec.process.clone(), streams, seccomp: self.setup.seccomp.clone() };

@@ -7,7 +7,8 @@ use rvm_protocol::{AgentError, AgentErrorKind, ExitStatus, FromAgent, ProcessId,
 
 use super::clients::ClientId;
 use super::commands::{Pending, in_order};
-use super::service::{DRAIN_PATIENCE, Deadline, Outcome, Service};
+use super::execution::Progress;
+use super::service::{DRAIN_PATIENCE, Deadline, Outcome, STREAMS_PATIENCE, Service};
 use crate::container::{Step, folder};
 use crate::control::Answer;
 use crate::timeline::Phase;
@@ -90,6 +91,8 @@ impl Service {
             Ok(_) => {
                 execution.started = true;
                 if self.clients.process(client).is_some() {
+                    let patience = Instant::now() + STREAMS_PATIENCE;
+                    self.deadlines.insert(Deadline::Streams(process), patience);
                     self.announce(process);
                 } else {
                     self.kill_process(process);
@@ -107,10 +110,12 @@ impl Service {
     /// then, if it has ended meanwhile, of its end.
     pub(super) fn announce(&mut self, process: ProcessId) {
         let Some(execution) = self.executions.get_mut(&process) else { return };
-        let complete = execution.started && execution.streams.len() == execution.expected_streams;
-        if !complete || execution.announced {
-            return;
+        match execution.progress() {
+            Progress::Wait => return,
+            Progress::GiveUp => return self.give_up(process),
+            Progress::Announce => {}
         }
+        self.deadlines.remove(&Deadline::Streams(process));
         execution.announced = true;
         let mut streams = std::mem::take(&mut execution.streams);
         in_order(&mut streams);
@@ -120,6 +125,21 @@ impl Service {
         if let Some(status) = status {
             self.on_exit(process, status);
         }
+    }
+
+    /// Refuses the client of a process whose streams do not come, and ends the process.
+    pub(super) fn give_up(&mut self, process: ProcessId) {
+        let Some(execution) = self.executions.get_mut(&process).filter(|execution| !execution.announced)
+        else {
+            return;
+        };
+        // It is not announced any more, and is removed when it ends.
+        execution.announced = true;
+        let client = execution.client;
+        self.deadlines.remove(&Deadline::Streams(process));
+        self.streams.forget(process);
+        self.clients.refuse(client, "the guest's agent did not connect the standard streams of the process");
+        self.kill_process(process);
     }
 
     fn on_exit(&mut self, process: ProcessId, status: ExitStatus) {
@@ -141,6 +161,8 @@ impl Service {
             self.clients.answer(client, &Answer::Exited(status), &[]);
         } else if self.clients.process(execution.client).is_none() {
             self.executions.remove(&process);
+        } else {
+            self.announce(process);
         }
     }
 }

@@ -14,6 +14,7 @@ mod clients;
 mod commands;
 mod confine;
 mod events;
+mod execution;
 mod init;
 mod initramfs;
 mod service;

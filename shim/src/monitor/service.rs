@@ -15,7 +15,8 @@ use super::MonitorError;
 use super::agent::{Agent, AgentFailure};
 use super::boot::{self, Booting};
 use super::clients::{ClientId, Clients};
-use super::commands::{Execution, Pending};
+use super::commands::Pending;
+use super::execution::Execution;
 use super::handshake::Setup;
 use super::init::Init;
 use super::setup::Stdio;
@@ -35,6 +36,8 @@ pub(super) const KILL_PATIENCE: Duration = Duration::from_secs(2);
 pub(super) const SYNC_PATIENCE: Duration = Duration::from_secs(10);
 /// How long what was sent may take to be copied once the machine has ended or the container was killed.
 pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a started process's streams may be missing: the agent connects them before it starts the process.
+pub(super) const STREAMS_PATIENCE: Duration = Duration::from_secs(5);
 /// How long after the agent's end the machine may take to end too, so that its last messages are known.
 const LAST_WORDS_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -62,6 +65,8 @@ pub(super) enum Deadline {
     Drain,
     /// The agent's connection has ended, and the machine has not.
     LastWords,
+    /// A process runs, and not all its streams have come.
+    Streams(ProcessId),
 }
 
 /// A container's monitor at work.
@@ -244,6 +249,9 @@ impl Service {
     /// so this is called before it is acted upon.
     pub(super) fn accept_streams(&mut self) {
         while let Some(connection) = self.stream_listener.accept() {
+            if self.streams.is_full() {
+                self.receive_streams();
+            }
             // One that breaks at once is none.
             let _ = self.streams.add(connection);
         }
@@ -294,6 +302,7 @@ impl Service {
                 Deadline::Kill => self.end_by_kill(),
                 Deadline::Sync => self.pause_after_sync(),
                 Deadline::Drain => self.outcome = self.init.status().map(Outcome::Ended),
+                Deadline::Streams(process) => self.give_up(process),
             }
         }
     }

@@ -82,12 +82,19 @@ impl Streams {
         self.expected.retain(|_, (expected, _)| *expected != process);
     }
 
+    /// Whether the next connection takes the place of the oldest undecided one.
+    pub fn is_full(&self) -> bool {
+        self.undecided.len() == MAX_UNDECIDED
+    }
+
     /// Takes a connection whose header is to come.
     pub fn add(&mut self, connection: UnixStream) -> io::Result<()> {
         connection.set_nonblocking(true)?;
-        if self.undecided.len() < MAX_UNDECIDED {
-            self.undecided.push(Undecided { connection, header: [0; STREAM_HEADER_LEN], length: 0 });
+        if self.is_full() {
+            // The agent sends the header at once: what is silent longest is least likely its.
+            self.undecided.remove(0);
         }
+        self.undecided.push(Undecided { connection, header: [0; STREAM_HEADER_LEN], length: 0 });
         Ok(())
     }
 
@@ -205,6 +212,17 @@ mod tests {
         }
         let [stream] = streams.receive().try_into().unwrap();
         assert_eq!(stream.process, ProcessId(2));
+    }
+
+    #[test]
+    fn silent_connections_do_not_keep_a_stream_out() {
+        let mut streams = Streams::default();
+        let token = terminal(&mut streams, 1);
+        let _silent: Vec<_> = (0..MAX_UNDECIDED).map(|_| connection(&mut streams)).collect();
+        let mut guest = connection(&mut streams);
+        guest.write_all(&StreamHeader { token }.to_bytes()).unwrap();
+        let [stream] = streams.receive().try_into().unwrap();
+        assert_eq!(stream.process, ProcessId(1));
     }
 
     #[test]
