@@ -6,6 +6,7 @@ use oci_spec::runtime::{Hooks, Linux, Mount, Process, Root, Spec};
 
 use super::error::BundleError;
 use super::options::is_label;
+use super::parse::MAX_BYTES;
 use super::{field, is_bind};
 
 /// Leaves out what is the host's business: its paths, its hooks, its security modules, and the seccomp profile,
@@ -22,7 +23,13 @@ pub(super) fn spec_json(spec: &Spec) -> Result<String, BundleError> {
         linux(description);
     }
     // Only a path that is no UTF-8 can fail here, and only in a description that was made in memory.
-    serde_json::to_string(&guest).map_err(|error| field("the document", error.to_string()))
+    let json = serde_json::to_string(&guest).map_err(|error| field("the document", error.to_string()))?;
+    // The types write fields out that were left out of the file.
+    if json.len() as u64 > MAX_BYTES {
+        let problem = format!("it is longer than the {MAX_BYTES} bytes that the guest can be sent");
+        return Err(field("the document", problem));
+    }
+    Ok(json)
 }
 
 fn root(root: &Root) -> Root {

@@ -10,8 +10,9 @@ use serde_json::Value;
 
 use super::error::BundleError;
 
-/// The largest description: a message to the agent has the same limit, and contains it.
-const MAX_BYTES: u64 = rvm_protocol::MAX_FRAME as u64;
+/// The largest description. The message to the agent has a limit of its own, and holds, besides the description,
+/// the state with the same annotations, the network and the seccomp filter.
+pub(super) const MAX_BYTES: u64 = rvm_protocol::MAX_FRAME as u64 * 3 / 8;
 
 /// Names the whole where a message names no field.
 const DOCUMENT: &str = "the document";

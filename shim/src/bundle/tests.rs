@@ -375,3 +375,14 @@ proptest! {
         let _ = load_bytes(&bytes);
     }
 }
+
+#[test]
+fn the_largest_description_fits_into_a_message_together_with_its_state() {
+    let fill = |length: usize| with("/annotations", json!({ "filler": "x".repeat(length) }));
+    let limit = super::parse::MAX_BYTES as usize;
+    let bundle = load(&fill(limit - 8192)).unwrap();
+    let annotations = serde_json::to_string(bundle.spec.annotations()).unwrap();
+    let rest = 1 << 18;
+    assert!(bundle.guest_spec_json().len() + annotations.len() + rest <= rvm_protocol::MAX_FRAME);
+    assert!(refusal(&fill(limit)).contains("is larger than the limit"));
+}

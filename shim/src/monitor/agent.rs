@@ -28,6 +28,11 @@ pub enum AgentFailure {
     NotReady,
 }
 
+/// A request was not made; the connection is as good as before.
+#[derive(Debug, thiserror::Error)]
+#[error("the request cannot be sent to the guest: {0}")]
+pub struct Unsendable(FrameError);
+
 /// The connection, from before it exists.
 #[derive(Debug, Default)]
 pub struct Agent {
@@ -65,12 +70,12 @@ impl Agent {
         Some((self.stream.as_ref()?.as_fd(), flags))
     }
 
-    /// Sends a request, at once or as soon as the agent is up, and returns its number.
-    pub fn request(&mut self, body: Request) -> Result<u64, AgentFailure> {
+    /// Queues a request and returns its number. [`flush`](Self::flush) sends it, at once or as soon as the agent
+    /// is up.
+    pub fn request(&mut self, body: Request) -> Result<u64, Unsendable> {
         self.requests += 1;
         let request = self.requests;
-        self.outgoing.extend(frame::encode(&ToAgent { request, body })?);
-        self.flush()?;
+        self.outgoing.extend(frame::encode(&ToAgent { request, body }).map_err(Unsendable)?);
         Ok(request)
     }
 
@@ -150,6 +155,19 @@ mod tests {
 
         write_frame(&mut guest, &ready()).unwrap();
         assert_eq!(agent.receive().unwrap(), [ready()]);
+        let request: ToAgent = read_frame(&mut guest).unwrap();
+        assert_eq!(request, ToAgent { request: number, body: Request::List });
+    }
+
+    #[test]
+    fn a_request_that_is_too_large_harms_no_other() {
+        let (mut agent, mut guest) = connected();
+        write_frame(&mut guest, &ready()).unwrap();
+        agent.receive().unwrap();
+        let resources = " ".repeat(rvm_protocol::MAX_FRAME);
+        assert!(agent.request(Request::Update { resources }).is_err());
+        let number = agent.request(Request::List).unwrap();
+        agent.flush().unwrap();
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
     }

@@ -17,6 +17,9 @@ use crate::control::{Answer, Command, Exec, Packet, WindowSize};
 use crate::signals;
 use crate::timeline::Phase;
 
+/// Exit code of a container that was not started for a reason which has nothing to do with its program.
+pub(super) const NOT_STARTED: i32 = 128;
+
 /// Who waits for the agent's reply to a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Pending {
@@ -281,12 +284,36 @@ impl Service {
     pub(super) fn request(&mut self, request: Request, pending: Pending) {
         match self.agent.request(request) {
             Ok(number) => drop(self.pending.insert(number, pending)),
-            Err(failure) => {
-                if let Pending::Signal(client) | Pending::Simple(client) | Pending::List(client) = pending {
-                    self.clients.refuse(client, failure.to_string());
-                }
-                self.on_agent_failure(&failure);
+            Err(error) => return self.not_sent(pending, &error.to_string()),
+        }
+        if let Err(failure) = self.agent.flush() {
+            self.on_agent_failure(&failure);
+        }
+    }
+
+    /// Only who asked for it is told that a request cannot be sent: the container goes on.
+    fn not_sent(&mut self, pending: Pending, why: &str) {
+        match pending {
+            Pending::Signal(client) | Pending::Simple(client) | Pending::List(client) => {
+                self.clients.refuse(client, why);
             }
+            Pending::Exec(process) => {
+                self.streams.forget(process);
+                if let Some(execution) = self.executions.remove(&process) {
+                    self.clients.refuse(execution.client, why);
+                }
+            }
+            Pending::Start => {
+                if let Some(client) = self.starter.take() {
+                    self.clients.refuse(client, why);
+                }
+                self.outcome.get_or_insert(Outcome::NotStarted(NOT_STARTED));
+            }
+            Pending::PauseSync(client) => {
+                self.deadlines.remove(&Deadline::Sync);
+                self.clients.refuse(client, why);
+            }
+            Pending::Nobody => {}
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use rvm_protocol::{AgentError, AgentErrorKind, ExitStatus, FromAgent, ProcessId, Reply};
 
 use super::clients::ClientId;
-use super::commands::{Pending, in_order};
+use super::commands::{NOT_STARTED, Pending, in_order};
 use super::execution::Progress;
 use super::service::{DRAIN_PATIENCE, Deadline, Outcome, STREAMS_PATIENCE, Service};
 use crate::container::{Step, folder};
@@ -172,6 +172,6 @@ fn shell_code(kind: AgentErrorKind) -> i32 {
     match kind {
         AgentErrorKind::NotFound => 127,
         AgentErrorKind::NotExecutable => 126,
-        AgentErrorKind::NoSuchProcess | AgentErrorKind::Other => 128,
+        AgentErrorKind::NoSuchProcess | AgentErrorKind::Other => NOT_STARTED,
     }
 }
