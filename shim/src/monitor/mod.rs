@@ -130,7 +130,7 @@ pub fn run() -> Result<(), MonitorError> {
     let (setup, inherited) = receive_setup(&socket)?;
     let log =
         Log::to_file(inherited.log.as_ref().and_then(|log| log.try_clone().ok()), setup.log_format, false);
-    let service = match prepare(&socket, setup, inherited) {
+    let mut service = match prepare(&socket, setup, inherited) {
         Ok(service) => service,
         Err(error) => {
             let _ = send(&socket, &FromMonitor::Failed(error.to_string()), &[]);
@@ -138,6 +138,7 @@ pub fn run() -> Result<(), MonitorError> {
         }
     };
     drop(socket);
+    // Each of these ends the process at once; nothing of the service is dropped.
     match service.run() {
         Outcome::Ended(status) => signals::exit_as(status),
         Outcome::NotStarted(code) => signals::end(code),

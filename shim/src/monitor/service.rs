@@ -150,8 +150,9 @@ impl Service {
         })
     }
 
-    /// Works until the container has ended.
-    pub fn run(mut self) -> Outcome {
+    /// Works until the container has ended. The caller ends the process and does not drop this: that would wait for
+    /// threads which a guest that has failed may hold for ever.
+    pub fn run(&mut self) -> Outcome {
         let outcome = loop {
             if let Some(outcome) = self.outcome.take() {
                 break outcome;
