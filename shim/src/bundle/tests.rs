@@ -379,7 +379,7 @@ proptest! {
 #[test]
 fn the_largest_description_fits_into_a_message_together_with_its_state() {
     let fill = |length: usize| with("/annotations", json!({ "filler": "x".repeat(length) }));
-    let limit = super::parse::MAX_BYTES as usize;
+    let limit = parse::MAX_BYTES as usize;
     let bundle = load(&fill(limit - 8192)).unwrap();
     let annotations = serde_json::to_string(bundle.spec.annotations()).unwrap();
     let rest = 1 << 18;

@@ -8,7 +8,9 @@ use clap::Args;
 use super::{Context, refuse_descriptors};
 use crate::bundle::Bundle;
 use crate::container::create::{self, CreateRequest, Created, TerminalUse};
-use crate::container::{Container, ContainerError, Status, delete as deletion, start as starting};
+use crate::container::{
+    Container, ContainerError, ProcessIdentity, Status, delete as deletion, start as starting,
+};
 use crate::control;
 use crate::error::Error;
 use crate::signals;
@@ -93,6 +95,8 @@ pub(super) fn create_from(
     if arguments.pidfd_socket.is_some() {
         return Err(Error::Usage("--pidfd-socket is not supported: use --pid-file".into()));
     }
+    let this = ProcessIdentity::of(std::process::id().cast_signed())
+        .map_err(Error::system("cannot read about this process in /proc"))?;
     let id = arguments.id.parse().map_err(ContainerError::from)?;
     for warning in &bundle.warnings {
         context.log.warning(warning);
@@ -105,7 +109,7 @@ pub(super) fn create_from(
         pid_file: arguments.pid_file.as_deref(),
         systemd_cgroup: context.systemd_cgroup,
         kernel: context.kernel.as_deref(),
-        tied: lower.is_some(),
+        throw_away: lower.is_some().then_some(this),
         lower,
         log: &context.log,
         timeline: context.timeline.clone(),

@@ -19,8 +19,8 @@ use crate::container::{Container, Status, delete};
 use crate::error::{Error, FAILURE};
 use crate::spec::default_spec;
 
-/// Marks containers of this command, so that those whose command was killed are found.
-const ANNOTATION: &str = "dev.rvm.do";
+/// How the names of the bundles of this command begin.
+const BUNDLE_PREFIX: &str = "rvm-do-";
 const PERIOD: f64 = 100_000.0;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -108,12 +108,32 @@ fn shell_code(words: &str) -> u8 {
 
 /// Removes what commands of this kind have left that were killed: their containers have ended with them.
 fn sweep(context: &Context) {
-    let containers = Container::list(&context.root).unwrap_or_default();
-    let left = containers.iter().filter(|container| container.record.annotations.contains_key(ANNOTATION));
-    for container in left.filter(|container| container.status() == Status::Stopped) {
-        // Another such command may be at it too, or may be just deleting its own.
-        let _ = delete::delete(&context.root, container.id(), true, &context.log);
-        let _ = std::fs::remove_dir_all(&container.record.bundle);
+    for container in Container::list(&context.root).unwrap_or_default().iter().filter(|left| is_left(left)) {
+        // Another such command may be at it too.
+        let Ok(Some((container, _lock))) = Container::try_open_locked(&context.root, container.id()) else {
+            continue;
+        };
+        // Under this name there may be another one by now.
+        if is_left(&container) && delete::delete_locked(&container, false, &context.log).is_ok() {
+            remove_bundle(&container.record.bundle);
+        }
+    }
+}
+
+/// Whether a container was made by a command of this kind that does not live any more, and has ended with it.
+fn is_left(container: &Container) -> bool {
+    container.record.throw_away.is_some_and(|command| !command.is_alive())
+        && container.status() == Status::Stopped
+}
+
+/// Removes a bundle's folder, if it is one that [`TemporaryBundle`] has made.
+fn remove_bundle(path: &Path) {
+    use std::os::unix::fs::MetadataExt;
+    let named = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(BUNDLE_PREFIX));
+    let owned = std::fs::symlink_metadata(path)
+        .is_ok_and(|found| found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw());
+    if named && owned {
+        let _ = std::fs::remove_dir_all(path);
     }
 }
 
@@ -128,7 +148,6 @@ fn make_spec(arguments: DoArguments, lower: &Path) -> Result<Spec, Error> {
     let invalid = |error: serde_json::Error| Error::Usage(format!("the command is not valid: {error}"));
     let mut spec = serde_json::to_value(default_spec(false)).map_err(invalid)?;
     spec["root"] = json!({ "path": TemporaryBundle::ROOTFS, "readonly": false });
-    spec["annotations"] = json!({ ANNOTATION: "1" });
     spec["process"] = json!({
         "terminal": terminal,
         "user": { "uid": 0, "gid": 0 },
@@ -163,7 +182,7 @@ impl TemporaryBundle {
     const ROOTFS: &str = "rootfs";
 
     fn create() -> Result<TemporaryBundle, Error> {
-        let template = std::env::temp_dir().join("rvm-do-XXXXXX");
+        let template = std::env::temp_dir().join(format!("{BUNDLE_PREFIX}XXXXXX"));
         let failed = || format!("cannot make a folder in {}", std::env::temp_dir().display());
         let path = nix::unistd::mkdtemp(&template).map_err(Error::system(failed()))?;
         let bundle = TemporaryBundle { path };
@@ -225,6 +244,16 @@ mod tests {
         for text in ["0", "-1", "nan", "inf", "65", "x"] {
             assert!(parse_cpus(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn only_a_bundle_of_this_command_is_removed() {
+        let other = tempfile::tempdir().unwrap();
+        remove_bundle(other.path());
+        assert!(other.path().exists());
+        let bundle = TemporaryBundle::create().unwrap();
+        remove_bundle(&bundle.path);
+        assert!(!bundle.path.exists());
     }
 
     #[test]

@@ -90,8 +90,8 @@ pub struct CreateRequest<'a> {
     pub kernel: Option<&'a Path>,
     /// The folder over which the bundle's root filesystem is to be a throw-away layer.
     pub lower: Option<PathBuf>,
-    /// Whether the container ends with this process.
-    pub tied: bool,
+    /// This process, where the container ends with it.
+    pub throw_away: Option<ProcessIdentity>,
     /// The log.
     pub log: &'a Log,
     /// What has passed so far.
@@ -154,7 +154,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         shape,
         hook_state: hook_state.clone(),
         log_format: request.log.format(),
-        tied: request.tied,
+        tied: request.throw_away.is_some(),
         timeline: request.timeline.clone(),
     };
     let handle = Folder::open(request.root, request.id.as_str()).map_err(system("cannot open the folder"))?;
@@ -170,7 +170,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         return Err(system("the container's folder is gone")(nix::errno::Errno::ENOENT));
     };
     let master = console.map(|console| console.master).filter(|_| request.wants_master());
-    Ok(Created { container: Container { folder, record }, lock, monitor, master })
+    Ok(Created { container: Container::locked(folder, record), lock, monitor, master })
 }
 
 impl CreateRequest<'_> {
@@ -284,6 +284,7 @@ fn new_record(request: &CreateRequest<'_>) -> Record {
             NetworkNamespace::New => None,
         },
         process: spec.process().clone(),
+        throw_away: request.throw_away,
     }
 }
 

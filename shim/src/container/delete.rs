@@ -26,14 +26,19 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Conta
         Err(ContainerError::NotFound(_)) if force => return remove_remains(root, &checked),
         result => result?,
     };
+    delete_locked(&container, force, log)
+}
+
+/// Deletes a container that this command has locked.
+pub fn delete_locked(container: &Container, force: bool, log: &Log) -> Result<(), ContainerError> {
     match container.status() {
         Status::Stopped => {}
         // One that was never started has nothing to lose.
-        Status::Created => kill(&container)?,
-        _ if force => kill(&container)?,
-        status => return Err(ContainerError::NotStopped { id: id.to_owned(), status }),
+        Status::Created => kill(container)?,
+        _ if force => kill(container)?,
+        status => return Err(ContainerError::NotStopped { id: container.id().to_owned(), status }),
     }
-    remove(&container, log)
+    remove(container, log)
 }
 
 /// Removes what is left of a container whose monitor has ended.

@@ -77,6 +77,23 @@ impl Folder {
         Ok(Lock { _flock: flock })
     }
 
+    /// Takes the lock if nobody has it.
+    pub fn try_lock(&self) -> io::Result<Option<Lock>> {
+        // Another opening than this folder's own: an unlocked copy of that would give up a lock it already has.
+        let handle = self.reopen()?;
+        match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
+            Ok(_) if self.handle.metadata()?.nlink() == 0 => Err(io::ErrorKind::NotFound.into()),
+            Ok(flock) => Ok(Some(Lock { _flock: flock })),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(errno.into()),
+        }
+    }
+
+    fn reopen(&self) -> io::Result<File> {
+        let path = format!("/proc/self/fd/{}", self.handle.as_raw_fd());
+        OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path)
+    }
+
     /// Replaces a file of the folder so that a reader sees the old or the new content, whole.
     pub fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let temporary = format!(".{name}.{}", std::process::id());
@@ -191,8 +208,11 @@ mod tests {
         let folder = Folder::create(root.path(), "c").unwrap();
         let lock = folder.lock().unwrap();
         let second = Folder::open(root.path(), "c").unwrap();
-        assert!(Flock::lock(second.handle.try_clone().unwrap(), FlockArg::LockExclusiveNonblock).is_err());
+        assert!(second.try_lock().unwrap().is_none());
+        assert!(folder.try_lock().unwrap().is_none(), "it does not count as one's own");
+        assert!(second.try_lock().unwrap().is_none(), "and the attempt has not given it up");
         drop(lock);
+        drop(second.try_lock().unwrap().unwrap());
         second.lock().unwrap();
     }
 

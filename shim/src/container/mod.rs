@@ -96,6 +96,8 @@ pub struct Container {
     folder: Folder,
     /// What `create` recorded.
     pub record: Record,
+    /// Whether this command has locked it.
+    locked: bool,
 }
 
 impl Container {
@@ -103,7 +105,17 @@ impl Container {
     pub fn open(root: &Path, id: &str) -> Result<Container, ContainerError> {
         let id: ContainerId = id.parse()?;
         let folder = Folder::open(root, id.as_str()).map_err(|error| not_found(root, &id, error))?;
-        Container::load(folder, &id)
+        Container::load(folder, &id, false)
+    }
+
+    /// Finds a container and locks it; none when another command is changing it.
+    pub fn try_open_locked(root: &Path, id: &str) -> Result<Option<(Container, Lock)>, ContainerError> {
+        let id: ContainerId = id.parse()?;
+        let folder = Folder::open(root, id.as_str()).map_err(|error| not_found(root, &id, error))?;
+        let Some(lock) = folder.try_lock().map_err(|error| not_found(root, &id, error))? else {
+            return Ok(None);
+        };
+        Ok(Some((Container::load(folder, &id, true)?, lock)))
     }
 
     /// Finds a container and waits until no other command is changing it.
@@ -111,7 +123,7 @@ impl Container {
         let id: ContainerId = id.parse()?;
         let folder = Folder::open(root, id.as_str()).map_err(|error| not_found(root, &id, error))?;
         let lock = folder.lock().map_err(|error| not_found(root, &id, error))?;
-        Ok((Container::load(folder, &id)?, lock))
+        Ok((Container::load(folder, &id, true)?, lock))
     }
 
     /// All containers below a root, by their ID. Folders that are no containers (any more) are passed over.
@@ -126,7 +138,7 @@ impl Container {
         Ok(names.iter().filter_map(|name| Container::open(root, name).ok()).collect())
     }
 
-    fn load(folder: Folder, id: &ContainerId) -> Result<Container, ContainerError> {
+    fn load(folder: Folder, id: &ContainerId, locked: bool) -> Result<Container, ContainerError> {
         let damaged = |error: io::Error| ContainerError::State {
             id: id.to_string(),
             path: folder.path().to_owned(),
@@ -136,7 +148,12 @@ impl Container {
             .read_json(folder::RECORD)
             .map_err(damaged)?
             .ok_or_else(|| ContainerError::NotFound(id.to_string()))?;
-        Ok(Container { folder, record })
+        Ok(Container { folder, record, locked })
+    }
+
+    /// One that this command has made and locked.
+    fn locked(folder: Folder, record: Record) -> Container {
+        Container { folder, record, locked: true }
     }
 
     /// The container's ID.
@@ -153,7 +170,12 @@ impl Container {
     pub fn status(&self) -> Status {
         // The step is read first: a monitor that ends in between is then seen as ended.
         let step = self.folder.read_json(folder::STEP).ok().flatten();
-        Status::derive(self.record.monitor.is_some_and(ProcessIdentity::is_alive), step)
+        match self.record.monitor {
+            Some(monitor) => Status::derive(monitor.is_alive(), step),
+            // Either `create` has not come to the monitor yet, and holds the lock, or it was killed.
+            None if !self.locked && matches!(self.folder.try_lock(), Ok(None)) => Status::Creating,
+            None => Status::Stopped,
+        }
     }
 
     /// The state as engines are shown it.
@@ -200,5 +222,25 @@ fn not_found(root: &Path, id: &ContainerId, source: io::Error) -> ContainerError
         _ => {
             ContainerError::State { id: id.to_string(), path: root.join(id.as_str()), source: source.into() }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_without_a_monitor_is_being_created_while_its_lock_is_held() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), "c").unwrap();
+        let record = Record { monitor: None, ..state::tests::record() };
+        folder.write_json(folder::RECORD, &record).unwrap();
+        let lock = folder.lock().unwrap();
+        assert_eq!(Container::open(root.path(), "c").unwrap().status(), Status::Creating);
+        assert!(Container::try_open_locked(root.path(), "c").unwrap().is_none());
+        drop(lock);
+        assert_eq!(Container::open(root.path(), "c").unwrap().status(), Status::Stopped);
+        let (container, _lock) = Container::open_locked(root.path(), "c").unwrap();
+        assert_eq!(container.status(), Status::Stopped, "who holds the lock is not waiting for itself");
     }
 }

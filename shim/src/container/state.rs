@@ -41,7 +41,11 @@ pub struct Record {
     /// The engine's network namespace, where the container joins one.
     pub network_namespace: Option<PathBuf>,
     /// The spec's `process`, from which `exec` takes what its caller leaves out.
+    #[serde(default)]
     pub process: Option<oci_spec::runtime::Process>,
+    /// The command that the container ends with, where it was made to be thrown away: `rvm do`.
+    #[serde(default)]
+    pub throw_away: Option<ProcessIdentity>,
 }
 
 /// How far the monitor has come. It writes this itself, so that no crash of a command can falsify it.
@@ -164,10 +168,10 @@ fn user_name(uid: u32) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    pub(super) fn record() -> Record {
+    pub(in crate::container) fn record() -> Record {
         Record {
             id: "web".into(),
             bundle: "/bundles/web".into(),
@@ -181,6 +185,7 @@ mod tests {
             poststop: vec![],
             network_namespace: None,
             process: None,
+            throw_away: None,
         }
     }
 
