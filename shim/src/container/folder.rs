@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 
 /// What `create` recorded.
 pub const RECORD: &str = "state.json";
-/// The monitor's [`Step`](super::Step).
-pub const STEP: &str = "step.json";
+/// The monitor's [`Step`](super::Step), as one letter.
+pub const STEP: &str = "step";
 /// Why the monitor failed, in words.
 pub const FAILURE: &str = "failure";
 /// When each phase of the start was reached.
@@ -111,6 +111,15 @@ impl Folder {
         result
     }
 
+    /// Opens a file of the folder whose first byte is to change in place. It is made with that byte, so that the
+    /// changes need no space.
+    pub fn open_byte(&self, name: &str, byte: u8) -> io::Result<File> {
+        use nix::fcntl::OFlag;
+        self.write(name, &[byte])?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        Ok(File::from(nix::fcntl::openat(&self.handle, name, flags, nix::sys::stat::Mode::empty())?))
+    }
+
     fn write_new(&self, name: &str, content: &[u8]) -> io::Result<()> {
         use nix::fcntl::OFlag;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
@@ -182,6 +191,16 @@ mod tests {
         assert_eq!(folder.read("x").unwrap().unwrap(), b"short");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         assert_eq!(folder.read("absent").unwrap(), None);
+    }
+
+    #[test]
+    fn a_byte_changes_in_place() {
+        use std::os::unix::fs::FileExt;
+        let root = tempfile::tempdir().unwrap();
+        let folder = Folder::create(root.path(), "c").unwrap();
+        let file = folder.open_byte("x", b'a').unwrap();
+        file.write_all_at(b"b", 0).unwrap();
+        assert_eq!(folder.read("x").unwrap().unwrap(), b"b");
     }
 
     #[test]

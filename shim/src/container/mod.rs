@@ -169,7 +169,8 @@ impl Container {
     /// The status at this moment.
     pub fn status(&self) -> Status {
         // The step is read first: a monitor that ends in between is then seen as ended.
-        let step = self.folder.read_json(folder::STEP).ok().flatten();
+        let step = self.folder.read(folder::STEP).ok().flatten();
+        let step = step.and_then(|bytes| Step::from_byte(*bytes.first()?));
         match self.record.monitor {
             Some(monitor) => Status::derive(monitor.is_alive(), step),
             // Either `create` has not come to the monitor yet, and holds the lock, or it was killed.

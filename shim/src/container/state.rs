@@ -49,8 +49,7 @@ pub struct Record {
 }
 
 /// How far the monitor has come. It writes this itself, so that no crash of a command can falsify it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// The machine boots or has booted; the container's process was not started.
     Created,
@@ -58,6 +57,22 @@ pub enum Step {
     Running,
     /// The machine's vCPUs are halted.
     Paused,
+}
+
+impl Step {
+    /// The step as it is written down: one byte, which a reader finds whole and a full file system does not stop.
+    pub fn to_byte(self) -> u8 {
+        match self {
+            Step::Created => b'c',
+            Step::Running => b'r',
+            Step::Paused => b'p',
+        }
+    }
+
+    /// The step that a byte stands for.
+    pub fn from_byte(byte: u8) -> Option<Step> {
+        [Step::Created, Step::Running, Step::Paused].into_iter().find(|step| step.to_byte() == byte)
+    }
 }
 
 /// A container's status in the words of the OCI runtime specification, and `paused` as runc has it.
@@ -198,6 +213,14 @@ pub(super) mod tests {
         assert_eq!(Status::derive(true, Some(Step::Created)), Status::Created);
         assert_eq!(Status::derive(true, Some(Step::Running)), Status::Running);
         assert_eq!(Status::derive(true, Some(Step::Paused)), Status::Paused);
+    }
+
+    #[test]
+    fn every_step_survives_its_byte() {
+        for step in [Step::Created, Step::Running, Step::Paused] {
+            assert_eq!(Step::from_byte(step.to_byte()), Some(step));
+        }
+        assert_eq!(Step::from_byte(b'x'), None);
     }
 
     #[test]

@@ -47,11 +47,11 @@ impl Service {
             Command::Exec(exec) => self.on_exec(client, &exec),
             Command::SignalExec { signal } => self.on_exec_signal(client, signal),
             Command::ResizeExec(size) => self.on_exec_resize(client, size),
-            Command::Processes => self.forward(client, Request::List, Pending::List(client)),
+            Command::Processes => self.forward(Request::List, Pending::List(client)),
             Command::Pause => self.on_pause(client),
             Command::Resume => self.on_resume(client),
             Command::Update { resources } => {
-                self.forward(client, Request::Update { resources }, Pending::Simple(client))
+                self.forward(Request::Update { resources }, Pending::Simple(client))
             }
         };
         if let Err(why) = done {
@@ -113,7 +113,13 @@ impl Service {
     }
 
     fn on_signal_command(&mut self, client: ClientId, signal: i32, all: bool) -> Result<(), String> {
-        self.signal_init(signal, all, Pending::Signal(client));
+        if self.step == Step::Paused && signal != libc::SIGKILL {
+            // The process gets it when the machine goes on, as a frozen process would; the reply has to wait for that.
+            self.signal_init(signal, all, Pending::Nobody);
+            self.clients.answer(client, &Answer::Done, &[]);
+        } else {
+            self.signal_init(signal, all, Pending::Signal(client));
+        }
         Ok(())
     }
 
@@ -226,10 +232,7 @@ impl Service {
                 _ => None,
             })
             .collect();
-        let result = if self.step == Step::Paused { Ok(()) } else { self.machine.pause() };
-        if result.is_ok() {
-            self.set_step(Step::Paused);
-        }
+        let result = if self.step == Step::Paused { Ok(()) } else { self.halt() };
         for (request, client) in waiting {
             // The reply may come once the machine goes on; nobody waits for it then.
             self.pending.insert(request, Pending::Nobody);
@@ -240,12 +243,25 @@ impl Service {
         }
     }
 
+    fn halt(&mut self) -> Result<(), String> {
+        self.machine.pause().map_err(|error| error.to_string())?;
+        self.set_step(Step::Paused).inspect_err(|_| {
+            // Nobody could see that it is halted, and nobody would let it go on.
+            if let Err(error) = self.machine.resume() {
+                self.fail(format!("cannot resume the container: {error}"));
+            }
+        })
+    }
+
     fn on_resume(&mut self, client: ClientId) -> Result<(), String> {
         if self.step != Step::Paused {
             return Err("container not paused".into());
         }
-        self.machine.resume().map_err(|error| format!("cannot resume the container: {error}"))?;
-        self.set_step(Step::Running);
+        self.set_step(Step::Running)?;
+        if let Err(error) = self.machine.resume() {
+            self.set_step(Step::Paused)?;
+            return Err(format!("cannot resume the container: {error}"));
+        }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let realtime_nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         self.request(Request::SetClock { realtime_nanoseconds }, Pending::Nobody);
@@ -253,7 +269,7 @@ impl Service {
         Ok(())
     }
 
-    fn forward(&mut self, _: ClientId, request: Request, pending: Pending) -> Result<(), String> {
+    fn forward(&mut self, request: Request, pending: Pending) -> Result<(), String> {
         self.require_running()?;
         self.request(request, pending);
         Ok(())

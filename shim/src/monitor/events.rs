@@ -66,10 +66,13 @@ impl Service {
 
     fn on_started(&mut self, result: Result<Reply, AgentError>) {
         let starter = self.starter.take();
+        let result = result.and_then(|_| {
+            let failed = |message| AgentError { kind: AgentErrorKind::Other, message };
+            self.set_step(Step::Running).map_err(failed)
+        });
         match result {
-            Ok(_) => {
+            Ok(()) => {
                 self.setup.timeline.mark(Phase::ContainerExec);
-                self.set_step(Step::Running);
                 let _ = self.folder.write_json(folder::TIMELINE, &self.setup.timeline);
                 if let Some(client) = starter {
                     self.clients.answer(client, &Answer::Done, &[]);

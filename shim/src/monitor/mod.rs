@@ -38,6 +38,7 @@ use crate::rootfs::{Overlay, Rootfs, RootfsError};
 use crate::signals::{self, Signals};
 use crate::timeline::Phase;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
+use init::Init;
 use service::{Outcome, Service};
 
 /// Exit status of a monitor whose machine failed.
@@ -195,17 +196,20 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     rootfs.pivot()?;
     std::env::set_current_dir(Path::new("/")).map_err(MonitorError::system("cannot enter the new root"))?;
     confine::confine().map_err(MonitorError::system("cannot give up privileges"))?;
-    let booting = built.start(&mut setup.timeline)?;
-
-    folder
-        .write_json(folder::STEP, &Step::Created)
-        .map_err(MonitorError::system("cannot write the container's state"))?;
+    let step = folder
+        .open_byte(folder::STEP, Step::Created.to_byte())
+        .map_err(MonitorError::system("cannot write the container's state (is there space?)"))?;
     let tie = setup
         .tied
         .then(|| socket.try_clone())
         .transpose()
         .map_err(MonitorError::system("cannot keep the conversation with 'rvm create'"))?;
-    let service = Service::new(setup, folder, listener, signals, stdio, booting, tie)?;
+    let init = Init::new(stdio, setup.terminal.is_some())
+        .map_err(MonitorError::system("cannot make an event descriptor"))?;
+    // Nothing may fail from here on: a machine that runs is not dropped (see `Service::run`).
+    let booting = built.start(&mut setup.timeline)?;
+    let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
+    service.tie_to(tie);
     send(socket, &FromMonitor::Ready, &[])?;
     Ok(service)
 }

@@ -2,7 +2,9 @@
 //! each to the part that deals with it. It never blocks anywhere else, so that no guest can make it hang.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,7 +13,6 @@ use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::machine::Machine;
 use rvm_vmm::virtio::vsock::VsockListener;
 
-use super::MonitorError;
 use super::agent::{Agent, AgentFailure};
 use super::boot::{self, Booting};
 use super::clients::{ClientId, Clients};
@@ -19,8 +20,8 @@ use super::commands::Pending;
 use super::execution::Execution;
 use super::handshake::Setup;
 use super::init::Init;
-use super::setup::Stdio;
 use super::streams::Streams;
+use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
 use crate::control::Answer;
 use crate::signals::Signals;
@@ -93,6 +94,8 @@ pub struct Service {
     control_listener: VsockListener,
     stream_listener: VsockListener,
     machine_ended: bool,
+    /// Where commands read the step.
+    step_file: File,
     /// The conversation with the command that this container ends with, if it does.
     tie: Option<OwnedFd>,
 }
@@ -116,15 +119,13 @@ impl Service {
     pub fn new(
         setup: Box<Setup>,
         folder: Folder,
+        step_file: File,
         listener: OwnedFd,
         signals: Signals,
-        stdio: Stdio,
+        init: Init,
         booting: Booting,
-        tie: Option<OwnedFd>,
-    ) -> Result<Service, MonitorError> {
-        let init = Init::new(stdio, setup.terminal.is_some())
-            .map_err(MonitorError::system("cannot make an event descriptor"))?;
-        Ok(Service {
+    ) -> Service {
+        Service {
             setup,
             folder,
             machine: booting.machine,
@@ -146,8 +147,14 @@ impl Service {
             control_listener: booting.control,
             stream_listener: booting.streams,
             machine_ended: false,
-            tie,
-        })
+            step_file,
+            tie: None,
+        }
+    }
+
+    /// Ends the container when the other end of a conversation closes.
+    pub fn tie_to(&mut self, conversation: Option<OwnedFd>) {
+        self.tie = conversation;
     }
 
     /// Works until the container has ended. The caller ends the process and does not drop this: that would wait for
@@ -319,10 +326,12 @@ impl Service {
     }
 
     /// Writes how far the container has come for commands to read.
-    pub(super) fn set_step(&mut self, step: Step) {
+    pub(super) fn set_step(&mut self, step: Step) -> Result<(), String> {
+        self.step_file
+            .write_all_at(&[step.to_byte()], 0)
+            .map_err(|error| format!("cannot write the container's state: {}", Cause::from(error)))?;
         self.step = step;
-        // Without it commands see an older step; to end the container for that would be worse.
-        let _ = self.folder.write_json(folder::STEP, &step);
+        Ok(())
     }
 
     /// Tells those who wait how it ended, and leaves what the commands read after this process's end.
