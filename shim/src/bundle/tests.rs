@@ -386,3 +386,30 @@ fn the_largest_description_fits_into_a_message_together_with_its_state() {
     assert!(bundle.guest_spec_json().len() + annotations.len() + rest <= rvm_protocol::MAX_FRAME);
     assert!(refusal(&fill(limit)).contains("is larger than the limit"));
 }
+
+#[test]
+fn a_bind_of_a_kernel_interface_becomes_a_mount_of_the_guests_own() {
+    for (path, kind) in
+        [("/proc", "proc"), ("/sys", "sysfs"), ("/sys/fs/cgroup", "cgroup"), ("/dev/mqueue", "mqueue")]
+    {
+        let mount = json!({ "destination": path, "source": path, "type": "bind",
+            "options": ["rbind", "bind", "rslave", "private", "nosuid", "ro"] });
+        let bundle = load(&with("/mounts/3", mount)).unwrap();
+        let mount = &guest(&bundle)["mounts"][3];
+        assert_eq!(mount["type"], kind);
+        assert_eq!(mount["options"], json!(["nosuid", "ro"]), "{path}");
+    }
+}
+
+#[test]
+fn an_id_mapped_bind_is_refused_with_or_without_the_option() {
+    let mappings = json!([{ "containerID": 0, "hostID": 1000, "size": 1 }]);
+    for name in ["uidMappings", "gidMappings"] {
+        let mut mount =
+            json!({ "destination": "/x", "source": "/tmp", "type": "bind", "options": ["rbind"] });
+        mount[name] = mappings.clone();
+        assert!(
+            refusal(&with("/mounts/3", mount)).contains("mounts[3]: a microVM cannot do this: id-mapped")
+        );
+    }
+}

@@ -133,7 +133,14 @@ fn normalise(
     let name = format!("mounts[{index}]");
     mount.set_destination(destination(mount.destination(), &name, warnings)?);
     let options = MountOptions::parse(mount.options().as_deref().unwrap_or_default());
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|list| !list.is_empty());
+    if mapped(mount.uid_mappings()) || mapped(mount.gid_mappings()) {
+        return Err(impossible(&name, "id-mapped mounts; give the user namespace's ids to the files"));
+    }
     let kind = kind(mount, &options, &name)?;
+    if kind != "bind" && options.bind.is_some() {
+        not_a_bind(mount);
+    }
     for option in &options.data {
         match option.as_str() {
             "idmap" | "ridmap" => {
@@ -171,9 +178,6 @@ fn kind(mount: &Mount, options: &MountOptions, name: &str) -> Result<String, Bun
         });
         return Ok(own.map_or("bind", |(_, file_system)| file_system).into());
     }
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        return Err(impossible(name, "id-mapped mounts"));
-    }
     match kind {
         "" | "none" => Err(field(format!("{name}.type"), "it is missing, and no option says `bind`")),
         known if GUEST_FILE_SYSTEMS.contains(&known) => Ok(known.into()),
@@ -182,6 +186,16 @@ fn kind(mount: &Mount, options: &MountOptions, name: &str) -> Result<String, Bun
             &format!("mount a file system of type `{other}`; mount it on the host and bind it"),
         )),
     }
+}
+
+/// Leaves of the options of a bind mount what a file system of the guest's kernel takes.
+fn not_a_bind(mount: &mut Mount) {
+    let of_the_mount_itself = |option: &&String| {
+        let alone = MountOptions::parse(std::slice::from_ref(*option));
+        alone.bind.is_none() && alone.propagation.is_empty()
+    };
+    let options = mount.options().iter().flatten().filter(of_the_mount_itself).cloned().collect();
+    mount.set_options(Some(options));
 }
 
 fn destination(path: &Path, name: &str, warnings: &mut Vec<String>) -> Result<PathBuf, BundleError> {
