@@ -127,8 +127,12 @@ impl Rootfs {
                 false => rootfs.make_room(index, mounts)?,
             }
         }
+        let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+        if read_only {
+            rootfs.make_working_directory(spec);
+        }
         // Last, since mount points had to be made in it.
-        if spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false) {
+        if read_only {
             let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
             sys::set_attributes(rootfs.root.as_fd(), read_only, false).map_err(failed)?;
         }
@@ -197,6 +201,17 @@ impl Rootfs {
             })?;
         }
         Ok(())
+    }
+
+    /// Makes the process's working directory where it is missing, as other runtimes do: the guest cannot, once
+    /// the root is read-only. What stands in the way is told when the process starts.
+    fn make_working_directory(&self, spec: &Spec) {
+        let Some(process) = spec.process() else { return };
+        let mounts = spec.mounts().iter().flatten();
+        let mut of_the_guest = mounts.filter(|mount| !is_bind(mount)).map(Mount::destination);
+        if !of_the_guest.any(|destination| process.cwd().starts_with(destination)) {
+            let _ = walk::find_or_make(self.root.as_fd(), process.cwd(), Leaf::Directory);
+        }
     }
 
     fn place(&self, index: usize, destination: &Path, leaf: Leaf) -> Result<OwnedFd, RootfsError> {

@@ -37,11 +37,12 @@ fn in_new_namespace(test: impl FnOnce() + Send) -> bool {
 /// A bundle's directory with an image, and things of the host to bind.
 struct Stage {
     directory: tempfile::TempDir,
+    cwd: &'static str,
 }
 
 impl Stage {
     fn new() -> Self {
-        let stage = Self { directory: tempfile::tempdir().unwrap() };
+        let stage = Self { directory: tempfile::tempdir().unwrap(), cwd: "/" };
         for directory in ["rootfs/etc", "rootfs/dev", "volume/sub", "secrets"] {
             fs::create_dir_all(stage.path(directory)).unwrap();
         }
@@ -63,7 +64,7 @@ impl Stage {
         let namespaces = ["mount", "network", "uts", "pid", "ipc"].map(|kind| json!({ "type": kind }));
         let config = json!({
             "ociVersion": "1.2.0",
-            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": self.cwd },
             "root": { "path": "rootfs", "readonly": read_only },
             "mounts": mounts,
             "linux": { "namespaces": namespaces }
@@ -148,6 +149,24 @@ fn a_read_only_root_still_gets_its_mount_points() {
         stage.prepare(mounts, true).unwrap().pivot().unwrap();
         assert_eq!(errno(fs::write("/etc/os-release", "")), Errno::EROFS);
         fs::write("/new/place/file", "volumes are not the root").unwrap();
+        mount_proc();
+    });
+}
+
+#[test]
+fn a_read_only_root_still_gets_its_working_directory() {
+    let stage = Stage { cwd: "/link/work/here", ..Stage::new() };
+    std::os::unix::fs::symlink("/srv/../..", stage.path("rootfs/link")).unwrap();
+    in_new_namespace(|| {
+        stage.prepare(json!([guest_mount("/proc", "proc")]), true).unwrap().pivot().unwrap();
+        assert!(fs::metadata("/work/here").unwrap().is_dir());
+        mount_proc();
+    });
+    let stage = Stage { cwd: "/run/work", ..Stage::new() };
+    in_new_namespace(|| {
+        let mounts = json!([guest_mount("/proc", "proc"), guest_mount("/run", "tmpfs")]);
+        stage.prepare(mounts, true).unwrap().pivot().unwrap();
+        assert!(!Path::new("/run/work").exists(), "the guest makes it in its own mount");
         mount_proc();
     });
 }
