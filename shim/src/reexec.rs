@@ -4,7 +4,7 @@
 //! of the command that started it. One end of a socket pair connects the two.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
@@ -22,7 +22,6 @@ pub fn spawn(
     terminal: Option<BorrowedFd<'_>>,
 ) -> io::Result<(Child, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty()))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0(title).arg(subcommand).env_clear().env(DESCRIPTOR_VARIABLE, theirs.as_raw_fd().to_string());
     if let Some(terminal) = terminal {
@@ -30,7 +29,26 @@ pub fn spawn(
         let stdio = || terminal.try_clone_to_owned().map(Stdio::from);
         command.stdin(stdio()?).stdout(stdio()?).stderr(stdio()?);
     }
+    let inherited = theirs.as_raw_fd();
+    // SAFETY: after the fork only system calls are made, which take numbers and no lock.
+    unsafe { command.pre_exec(move || inherit_only(inherited)) };
     Ok((command.spawn()?, ours))
+}
+
+/// Has the next execution close all descriptors but the standard streams and one more: whatever the engine has
+/// left open would stay open as long as the container lives.
+fn inherit_only(descriptor: RawFd) -> io::Result<()> {
+    // SAFETY: it takes numbers alone, and marks descriptors that nothing uses before the execution. Marking, since
+    // the standard library needs one of them until then.
+    let marked =
+        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if marked != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: borrowed for one call; the caller holds it open.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    Ok(())
 }
 
 /// The new process's end of the socket pair; an error when it was not started by [`spawn`].
@@ -47,4 +65,27 @@ pub fn inherited_socket() -> io::Result<OwnedFd> {
     prctl::set_name(c"rvm")?;
     // SAFETY: it is open, was passed to this process alone, and nothing here has claimed it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_inherits_one_descriptor_beside_its_standard_streams() {
+        let (_reader, writer) = io::pipe().unwrap();
+        fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        let kept = std::fs::File::open("/dev/null").unwrap();
+        let number = kept.as_raw_fd();
+        let mut command = Command::new("/bin/ls");
+        command.arg("/proc/self/fd");
+        // SAFETY: as in `spawn`.
+        unsafe { command.pre_exec(move || inherit_only(number)) };
+        let output = command.output().unwrap();
+        let listed = String::from_utf8(output.stdout).unwrap();
+        let listed: Vec<i32> = listed.lines().map(|line| line.parse().unwrap()).collect();
+        assert!(listed.contains(&number), "{listed:?}");
+        // The listing itself needs one.
+        assert_eq!(listed.len(), 5, "{listed:?}");
+    }
 }
