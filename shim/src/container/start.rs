@@ -32,6 +32,9 @@ pub enum StartError {
     /// Its namespace cannot be opened.
     #[error("cannot open the container's network namespace: {0}")]
     Namespace(Cause),
+    /// That it is connected cannot be recorded.
+    #[error("cannot write the container's state (is there space?): {0}")]
+    Record(Cause),
     /// Its network cannot be connected.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -67,12 +70,11 @@ fn connect_network(container: &Container) -> Result<Connected, StartError> {
     let monitor = container.monitor()?;
     let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid))
         .map_err(|error| StartError::Namespace(error.into()))?;
-    let connected = network::connect(namespace.as_fd())?;
-    if !connected.interfaces.is_empty() {
-        // Tells `delete` that there is something to take back. Without the file it only does less.
-        let _ = container.folder().write(folder::NETWORK, b"");
+    if container.record.network_namespace.is_some() {
+        // Before anything is connected: tells `delete` that there may be something to take back.
+        container.folder().write(folder::NETWORK, b"").map_err(|error| StartError::Record(error.into()))?;
     }
-    Ok(connected)
+    Ok(network::connect(namespace.as_fd())?)
 }
 
 fn ask(container: &Container, connection: &Connection, connected: Connected) -> Result<(), StartError> {

@@ -110,12 +110,16 @@ pub fn connect(netns: BorrowedFd<'_>) -> Result<Connected, NetworkError> {
 }
 
 /// Gives the devices of a namespace that outlives the container back to the host's stack. The taps went with
-/// the monitor.
+/// the monitor; what leads to a tap that exists is the work of a later container, and stays.
 pub fn disconnect(netns: BorrowedFd<'_>) -> Result<(), NetworkError> {
     within(netns, || {
         let mut netlink = Netlink::open()?;
         let links = survey::links(&mut netlink)?;
-        part_all(&mut netlink, &links);
+        for link in &links {
+            if redirect::is_left_behind(&mut netlink, link.index)? {
+                part_all(&mut netlink, std::slice::from_ref(link));
+            }
+        }
         Ok(())
     })
 }

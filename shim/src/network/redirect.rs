@@ -43,19 +43,31 @@ pub fn join(netlink: &mut Netlink, one: u32, other: u32) -> Result<(), NetworkEr
 /// Whether somebody uses the device's incoming traffic: any rule counts, except the remains of a container of ours
 /// that was killed, whose tap is gone.
 pub fn is_taken(netlink: &mut Netlink, device: u32) -> Result<bool, NetworkError> {
+    Ok(rules(netlink, device)?.iter().any(|rule| !leads_nowhere(rule)))
+}
+
+/// Whether all that is there for the device's incoming traffic are the remains of a container whose tap is gone.
+pub fn is_left_behind(netlink: &mut Netlink, device: u32) -> Result<bool, NetworkError> {
+    let rules = rules(netlink, device)?;
+    Ok(!rules.is_empty() && rules.iter().all(leads_nowhere))
+}
+
+/// The rules for what comes in at a device.
+fn rules(netlink: &mut Netlink, device: u32) -> Result<Vec<TcMessage>, NetworkError> {
     let mut request = TcMessage::with_index(device as i32);
     request.header.parent = INGRESS;
     let filters = match netlink.list(RouteNetlinkMessage::GetTrafficFilter(request)) {
         // The device has no ingress queueing discipline.
         Err(NetworkError::Read(cause)) if matches!(cause.errno(), Some(Errno::EINVAL | Errno::ENOENT)) => {
-            return Ok(false);
+            return Ok(Vec::new());
         }
         filters => filters?,
     };
-    Ok(filters.iter().any(|filter| match filter {
-        RouteNetlinkMessage::NewTrafficFilter(message) => !is_head(message) && !leads_nowhere(message),
-        _ => false,
-    }))
+    let rules = filters.into_iter().filter_map(|filter| match filter {
+        RouteNetlinkMessage::NewTrafficFilter(message) if !is_head(&message) => Some(message),
+        _ => None,
+    });
+    Ok(rules.collect())
 }
 
 /// The kernel lists, besides the rules, the tables in which they are kept: those have no actions.

@@ -95,7 +95,11 @@ fn what_the_engine_plumbed_is_read() {
         drop(connected);
         drop(connect(namespace.as_fd()).unwrap());
         disconnect(namespace.as_fd()).unwrap();
-        assert!(connect(namespace.as_fd()).is_ok(), "it can be connected anew");
+        let successor = connect(namespace.as_fd()).expect("it can be connected anew");
+        disconnect(namespace.as_fd()).unwrap();
+        let third = connect(namespace.as_fd()).unwrap_err();
+        assert!(matches!(third, NetworkError::Taken { .. }), "the successor's connection is gone: {third}");
+        drop(successor);
     });
 }
 
