@@ -105,30 +105,31 @@ struct Directory {
 }
 
 impl HostCgroup {
-    /// Makes the cgroup that a description asks for, with its limits. On failure nothing of it remains.
-    pub fn create(spec: &Spec, id: &str, systemd: bool) -> Result<HostCgroup, CgroupError> {
+    /// Where the cgroup that a description asks for will be; so far nothing is made. One that is in use already is
+    /// refused: whoever records this cgroup may kill what is in it.
+    pub fn locate(spec: &Spec, id: &str, systemd: bool) -> Result<HostCgroup, CgroupError> {
         if systemd {
             return Err(CgroupError::Systemd(systemd_problem()));
         }
-        let linux = spec.linux().as_ref();
-        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-        let resources = linux.and_then(|linux| linux.resources().as_ref());
-        Self::create_in(&Layout::read()?, path, id, resources)
+        let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
+        let cgroup = Layout::read()?.locate(path, id)?;
+        cgroup.require_unused()?;
+        Ok(cgroup)
     }
 
-    fn create_in(
-        layout: &Layout,
-        path: Option<&Path>,
-        id: &str,
-        resources: Option<&LinuxResources>,
-    ) -> Result<HostCgroup, CgroupError> {
-        let cgroup = layout.locate(path, id)?;
+    /// Makes the located cgroup with the limits of its description. On failure nothing of it remains.
+    pub fn make(&self, spec: &Spec) -> Result<(), CgroupError> {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        self.make_in(&Layout::read()?, resources)
+    }
+
+    fn make_in(&self, layout: &Layout, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
         let mut made = Vec::new();
-        let result = cgroup
-            .make(layout, &mut made)
-            .and_then(|()| resources.map_or(Ok(()), |resources| cgroup.update(resources)));
+        let result = self
+            .make_directories(layout, &mut made)
+            .and_then(|()| resources.map_or(Ok(()), |resources| self.update(resources)));
         match result {
-            Ok(()) => Ok(cgroup),
+            Ok(()) => Ok(()),
             Err(error) => {
                 // The first error counts; a directory that somebody else uses by now stays.
                 made.iter().rev().for_each(|path| drop(fs::remove_dir(path)));
@@ -137,13 +138,19 @@ impl HostCgroup {
         }
     }
 
-    fn make(&self, layout: &Layout, made: &mut Vec<PathBuf>) -> Result<(), CgroupError> {
-        for directory in &self.directories {
-            let path = &directory.path;
+    fn require_unused(&self) -> Result<(), CgroupError> {
+        for Directory { path, .. } in &self.directories {
             let count = processes_below(path).map_or(0, |processes| processes.len());
             if count > 0 {
                 return Err(CgroupError::Busy { path: path.clone(), count });
             }
+        }
+        Ok(())
+    }
+
+    fn make_directories(&self, layout: &Layout, made: &mut Vec<PathBuf>) -> Result<(), CgroupError> {
+        self.require_unused()?;
+        for Directory { path, .. } in &self.directories {
             layout.make_directory(path, made).map_err(|error| failed("make", path, error))?;
         }
         Ok(())

@@ -156,7 +156,7 @@ fn no_path_leads_out_of_the_hierarchy_or_to_its_root() {
 
 #[test]
 fn the_systemd_driver_is_refused_in_words() {
-    let error = HostCgroup::create(&Spec::default(), "c1", true).unwrap_err().to_string();
+    let error = HostCgroup::locate(&Spec::default(), "c1", true).unwrap_err().to_string();
     assert!(error.starts_with("--systemd-cgroup: "), "{error}");
 }
 
@@ -209,11 +209,18 @@ impl Drop for Sleeper {
     }
 }
 
+fn create(spec: &Spec, id: &str, systemd: bool) -> Result<HostCgroup, CgroupError> {
+    let cgroup = HostCgroup::locate(spec, id, systemd)?;
+    cgroup.make(spec).map(|()| cgroup)
+}
+
 fn can_make_cgroups() -> bool {
     let able = nix::unistd::geteuid().is_root()
         && Layout::read().is_ok_and(|layout| {
             let probe = format!("rvm-probe-{}-{:?}", std::process::id(), thread::current().id());
-            let made = HostCgroup::create_in(&layout, None, &probe.replace(['(', ')'], ""), None);
+            let made = layout
+                .locate(None, &probe.replace(['(', ')'], ""))
+                .and_then(|cgroup| cgroup.make_in(&layout, None).map(|()| cgroup));
             made.is_ok_and(|cgroup| cgroup.remove().is_ok())
         });
     if !able {
@@ -233,11 +240,11 @@ fn a_cgroup_holds_processes_until_they_are_killed() {
         return;
     }
     let path = format!("/rvm-test-{}/hold", std::process::id());
-    let cgroup = HostCgroup::create(&spec(&path, json!({})), "c1", false).unwrap();
+    let cgroup = create(&spec(&path, json!({})), "c1", false).unwrap();
     let mut sleeper = Sleeper::new();
     cgroup.add(sleeper.0.id()).unwrap();
     assert_eq!(cgroup.pids().unwrap(), [sleeper.0.id()]);
-    let again = HostCgroup::create(&spec(&path, json!({})), "c1", false).unwrap_err();
+    let again = create(&spec(&path, json!({})), "c1", false).unwrap_err();
     assert!(matches!(again, CgroupError::Busy { count: 1, .. }), "{again}");
     assert!(cgroup.paths().iter().all(|path| path.is_dir()), "the failed attempt removed nothing");
 
@@ -260,7 +267,7 @@ fn limits_reach_the_kernel_and_a_refused_one_leaves_nothing() {
     }
     let path = format!("/rvm-test-limits-{}", std::process::id());
     let limits = json!({ "memory": { "limit": 67_108_864 }, "cpu": { "quota": 50_000, "period": 100_000 } });
-    let cgroup = match HostCgroup::create(&spec(&path, limits), "c1", false) {
+    let cgroup = match create(&spec(&path, limits), "c1", false) {
         Err(CgroupError::Unavailable { file, .. }) => {
             println!("not run: this host's hierarchy has no {file}");
             return;
@@ -281,7 +288,7 @@ fn limits_reach_the_kernel_and_a_refused_one_leaves_nothing() {
     cgroup.remove().unwrap();
 
     let senseless = json!({ "cpu": { "cpus": "4000-5000" } });
-    let error = HostCgroup::create(&spec(&path, senseless), "c1", false).unwrap_err();
+    let error = create(&spec(&path, senseless), "c1", false).unwrap_err();
     assert!(matches!(&error, CgroupError::Refused { .. } | CgroupError::Unavailable { .. }), "{error}");
     assert!(cgroup.paths().iter().all(|path| !path.exists()));
 }

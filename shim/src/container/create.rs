@@ -124,14 +124,15 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     let folder = new_folder(request.root, request.id)?;
     let mut undo = Undo::default();
     undo.folder = Some(folder);
-    let lock = undo.folder()?.lock().map_err(system("cannot lock the container's folder"))?;
+    undo.lock = Some(undo.folder()?.lock().map_err(system("cannot lock the container's folder"))?);
     let listener = undo.folder()?.listen().map_err(system("cannot make the control socket"))?;
     let mut record = new_record(&request);
-    let cgroup = HostCgroup::create(spec, request.id.as_str(), request.systemd_cgroup)?;
+    let cgroup = HostCgroup::locate(spec, request.id.as_str(), request.systemd_cgroup)?;
     record.cgroup = Some(cgroup.clone());
-    undo.cgroup = Some(cgroup.clone());
-    // From here on `delete --force` finds what a killed `create` has left.
+    // Before there is anything: `delete --force` finds what a killed `create` has left.
     save(&undo, &record)?;
+    cgroup.make(spec)?;
+    undo.cgroup = Some(cgroup.clone());
 
     let console = size.map(Console::open).transpose().map_err(system("cannot make a terminal"))?;
     let launch = Launch { id: request.id, slave: console.as_ref().map(|console| console.slave.as_fd()) };
@@ -166,7 +167,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     proceed(&mut undo, spec, &hook_state)?;
 
     finish(&request, console.as_ref(), identity)?;
-    let Some((folder, monitor)) = undo.disarm() else {
+    let Some((folder, lock, monitor)) = undo.disarm() else {
         return Err(system("the container's folder is gone")(nix::errno::Errno::ENOENT));
     };
     let master = console.map(|console| console.master).filter(|_| request.wants_master());
@@ -309,6 +310,8 @@ pub fn write_pid_file(path: &Path, pid: i32) -> io::Result<()> {
 #[derive(Default)]
 struct Undo {
     folder: Option<Folder>,
+    /// Given back when all else is undone, so that no other command sees a half.
+    lock: Option<Lock>,
     cgroup: Option<HostCgroup>,
     monitor: Option<MonitorProcess>,
     poststop: Vec<Hook>,
@@ -322,10 +325,10 @@ impl Undo {
             .ok_or_else(|| system("the container's folder is gone")(nix::errno::Errno::ENOENT))
     }
 
-    fn disarm(mut self) -> Option<(Folder, MonitorProcess)> {
+    fn disarm(mut self) -> Option<(Folder, Lock, MonitorProcess)> {
         self.cgroup = None;
         self.poststop.clear();
-        self.folder.take().zip(self.monitor.take())
+        Some((self.folder.take()?, self.lock.take()?, self.monitor.take()?))
     }
 }
 
@@ -336,6 +339,8 @@ impl Drop for Undo {
             monitor.kill();
         }
         if let Some(cgroup) = self.cgroup.take() {
+            // A hook may have put a process there.
+            let _ = cgroup.kill_all();
             let _ = cgroup.remove();
         }
         if !self.poststop.is_empty() {

@@ -20,7 +20,7 @@ pub const STEP: &str = "step";
 pub const FAILURE: &str = "failure";
 /// When each phase of the start was reached.
 pub const TIMELINE: &str = "timeline.json";
-/// Exists when `start` has connected interfaces of the container's network namespace.
+/// Exists when `start` may have connected interfaces of the engine's network namespace.
 pub const NETWORK: &str = "network";
 /// Where the monitor listens.
 pub const SOCKET: &str = "control.sock";
@@ -163,8 +163,13 @@ impl Folder {
         Ok(listener)
     }
 
-    /// Removes the folder with everything in it.
+    /// Removes the folder with everything in it; another one that has its name by now stays.
     pub fn remove(&self) -> io::Result<()> {
+        let ours = self.handle.metadata()?;
+        let is_another = |found: fs::Metadata| (found.dev(), found.ino()) != (ours.dev(), ours.ino());
+        if fs::symlink_metadata(&self.path).is_ok_and(is_another) {
+            return Ok(());
+        }
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -217,7 +222,9 @@ mod tests {
         let folder = Folder::create(root.path(), "c").unwrap();
         drop(folder.lock().unwrap());
         folder.remove().unwrap();
-        let _next = Folder::create(root.path(), "c").unwrap();
+        let next = Folder::create(root.path(), "c").unwrap();
+        folder.remove().unwrap();
+        assert!(next.path().is_dir(), "the name is another's now");
         assert_eq!(folder.lock().unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 

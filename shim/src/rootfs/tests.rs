@@ -156,7 +156,7 @@ fn a_read_only_root_still_gets_its_mount_points() {
 #[test]
 fn a_read_only_root_still_gets_its_working_directory() {
     let stage = Stage { cwd: "/link/work/here", ..Stage::new() };
-    std::os::unix::fs::symlink("/srv/../..", stage.path("rootfs/link")).unwrap();
+    symlink("/srv/../..", stage.path("rootfs/link")).unwrap();
     in_new_namespace(|| {
         stage.prepare(json!([guest_mount("/proc", "proc")]), true).unwrap().pivot().unwrap();
         assert!(fs::metadata("/work/here").unwrap().is_dir());
