@@ -239,6 +239,23 @@ fn a_damaged_state_is_an_error_and_can_be_deleted_by_force() {
     assert_eq!(sandbox.states(), 0);
 }
 
+#[test]
+fn a_state_that_cannot_be_understood_is_listed_and_can_be_deleted_by_force() {
+    let sandbox = Sandbox::new();
+    let folder = sandbox.path("root/damaged");
+    fs::create_dir_all(&folder).unwrap();
+    for state in ["{\"id\":\"damaged\",\"later\":1}", "{\"id\":", "", "[]"] {
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("state.json"), state).unwrap();
+        assert!(sandbox.refused(1, &["delete", "damaged"]).contains("cannot be used"), "{state}");
+        let list = sandbox.rvm(&["list", "--quiet"]);
+        assert_eq!(String::from_utf8_lossy(&list.stdout), "damaged\n", "{state}");
+        let output = sandbox.rvm(&["delete", "--force", "damaged"]);
+        assert!(output.status.success(), "{state}: {output:?}");
+        assert_eq!(sandbox.states(), 0);
+    }
+}
+
 fn mounts() -> String {
     fs::read_to_string("/proc/self/mountinfo").unwrap()
 }

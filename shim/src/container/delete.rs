@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Container, ContainerError, ContainerId, Folder, ProcessIdentity, Status, folder};
+use crate::control::{Command, Connection};
 use crate::hooks::{self, HookKind};
 use crate::logging::Log;
 use crate::network;
@@ -18,11 +19,13 @@ pub fn delete(root: &Path, id: &str, force: bool, log: &Log) -> Result<(), Conta
     let checked: ContainerId = id.parse()?;
     if force {
         // Before the lock is waited for: the command that holds it may be waiting for this very monitor.
-        if let Ok(container) = Container::open(root, id) {
+        if let Ok(container) = Container::open_damaged(root, id) {
             kill(&container)?;
         }
     }
-    let (container, _lock) = match Container::open_locked(root, id) {
+    let opened =
+        if force { Container::open_damaged_locked(root, id) } else { Container::open_locked(root, id) };
+    let (container, _lock) = match opened {
         Err(ContainerError::NotFound(_)) if force => return remove_remains(root, &checked),
         result => result?,
     };
@@ -63,6 +66,9 @@ pub fn remove(container: &Container, log: &Log) -> Result<(), ContainerError> {
 
 /// Kills the monitor, and with it the machine, and waits for its end.
 pub fn kill(container: &Container) -> Result<(), ContainerError> {
+    if container.record.monitor.is_none() {
+        kill_unknown(container);
+    }
     let Some(handle) = container.record.monitor.and_then(ProcessIdentity::open) else { return Ok(()) };
     let ended = handle.signal(libc::SIGKILL).is_ok() && handle.wait(PATIENCE);
     if ended {
@@ -70,6 +76,14 @@ pub fn kill(container: &Container) -> Result<(), ContainerError> {
     }
     let pid = container.record.monitor.map_or(0, |monitor| monitor.pid);
     Err(ContainerError::Unkillable { id: container.id().to_owned(), pid })
+}
+
+/// Where the record of the monitor is damaged, whoever listens on the socket can still be told. Mostly nobody does.
+fn kill_unknown(container: &Container) {
+    let _ = Connection::open(&container.folder().socket_path()).and_then(|connection| {
+        connection.set_patience(PATIENCE)?;
+        connection.order(&Command::Signal { signal: libc::SIGKILL, all: false }, &[])
+    });
 }
 
 /// A namespace that the monitor made has ended with it; one of the engine's own lives on.

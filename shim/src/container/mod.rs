@@ -126,7 +126,23 @@ impl Container {
         Ok((Container::load(folder, &id, true)?, lock))
     }
 
-    /// All containers below a root, by their ID. Folders that are no containers (any more) are passed over.
+    /// Like [`open`](Self::open), but a record that cannot be understood is no error: what can be read of it counts.
+    pub fn open_damaged(root: &Path, id: &str) -> Result<Container, ContainerError> {
+        let id: ContainerId = id.parse()?;
+        let folder = Folder::open(root, id.as_str()).map_err(|error| not_found(root, &id, error))?;
+        Container::salvage(folder, &id, false)
+    }
+
+    /// The same, locked.
+    pub fn open_damaged_locked(root: &Path, id: &str) -> Result<(Container, Lock), ContainerError> {
+        let id: ContainerId = id.parse()?;
+        let folder = Folder::open(root, id.as_str()).map_err(|error| not_found(root, &id, error))?;
+        let lock = folder.lock().map_err(|error| not_found(root, &id, error))?;
+        Ok((Container::salvage(folder, &id, true)?, lock))
+    }
+
+    /// All containers below a root, by their ID, those with a damaged record too. Folders that are no containers
+    /// (any more) are passed over.
     pub fn list(root: &Path) -> io::Result<Vec<Container>> {
         let entries = match std::fs::read_dir(root) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -135,7 +151,18 @@ impl Container {
         let mut names: Vec<_> =
             entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
         names.sort();
-        Ok(names.iter().filter_map(|name| Container::open(root, name).ok()).collect())
+        Ok(names.iter().filter_map(|name| Container::open_damaged(root, name).ok()).collect())
+    }
+
+    fn salvage(folder: Folder, id: &ContainerId, locked: bool) -> Result<Container, ContainerError> {
+        match folder.read(folder::RECORD) {
+            Ok(Some(bytes)) => {
+                let whole = serde_json::from_slice(&bytes);
+                let record = whole.unwrap_or_else(|_| Record::salvage(id, &bytes));
+                Ok(Container { folder, record, locked })
+            }
+            _ => Container::load(folder, id, locked),
+        }
     }
 
     fn load(folder: Folder, id: &ContainerId, locked: bool) -> Result<Container, ContainerError> {

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use oci_spec::runtime::Hook;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::ContainerId;
 use super::liveness::ProcessIdentity;
@@ -29,16 +31,21 @@ pub struct Record {
     /// When `create` was called.
     pub created: Timestamp,
     /// The spec's annotations.
+    #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     /// Who called `create`.
+    #[serde(default)]
     pub owner: u32,
     /// The host's cgroup.
     pub cgroup: Option<HostCgroup>,
     /// Hooks to run after the container's process was started.
+    #[serde(default)]
     pub poststart: Vec<Hook>,
     /// Hooks to run after the container was deleted.
+    #[serde(default)]
     pub poststop: Vec<Hook>,
     /// The engine's network namespace, where the container joins one.
+    #[serde(default)]
     pub network_namespace: Option<PathBuf>,
     /// The spec's `process`, from which `exec` takes what its caller leaves out.
     #[serde(default)]
@@ -158,9 +165,28 @@ impl Record {
         }
     }
 
-    /// The container's ID, checked again since the file may have been damaged.
-    pub fn container_id(&self) -> Option<ContainerId> {
-        self.id.parse().ok()
+    /// What can still be read of a record that is damaged or of another version, so that the container can be
+    /// listed and taken apart.
+    pub fn salvage(id: &ContainerId, bytes: &[u8]) -> Record {
+        let json = serde_json::from_slice::<Value>(bytes).unwrap_or_default();
+        fn field<T: DeserializeOwned + Default>(json: &Value, name: &str) -> T {
+            serde_json::from_value(json[name].clone()).unwrap_or_default()
+        }
+        Record {
+            id: id.to_string(),
+            bundle: field(&json, "bundle"),
+            rootfs: field(&json, "rootfs"),
+            monitor: field(&json, "monitor"),
+            created: field(&json, "created"),
+            annotations: field(&json, "annotations"),
+            owner: field(&json, "owner"),
+            cgroup: field(&json, "cgroup"),
+            poststart: field(&json, "poststart"),
+            poststop: field(&json, "poststop"),
+            network_namespace: field(&json, "network_namespace"),
+            process: field(&json, "process"),
+            throw_away: field(&json, "throw_away"),
+        }
     }
 }
 
@@ -225,8 +251,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_report_has_the_fields_of_runc() {
-        let report: serde_json::Value =
-            serde_json::from_str(&record().report(Status::Running).to_json()).unwrap();
+        let report: Value = serde_json::from_str(&record().report(Status::Running).to_json()).unwrap();
         assert_eq!(
             report,
             serde_json::json!({
@@ -240,6 +265,18 @@ pub(super) mod tests {
     #[test]
     fn a_stopped_container_has_no_pid() {
         assert_eq!(record().report(Status::Stopped).pid, 0);
+    }
+
+    #[test]
+    fn what_is_whole_of_a_damaged_record_is_salvaged() {
+        let id = "web".parse().unwrap();
+        let mut json = serde_json::to_value(record()).unwrap();
+        json["created"] = "yesterday".into();
+        json["poststop"] = 5.into();
+        let salvaged = Record::salvage(&id, json.to_string().as_bytes());
+        assert_eq!((salvaged.monitor, salvaged.bundle), (record().monitor, record().bundle));
+        let nothing = Record::salvage(&id, b"{\"monitor\": {\"pid\":");
+        assert_eq!((nothing.id.as_str(), nothing.monitor), ("web", None));
     }
 
     #[test]
