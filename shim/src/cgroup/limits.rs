@@ -4,23 +4,7 @@ use std::fmt::Display;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
-const MIB: u64 = 1 << 20;
-
-/// The least that the monitor needs besides the guest's memory: its own, buffers, and pages of served files.
-const MONITOR: u64 = 64 * MIB;
-
-/// The part of the guest's memory that its kernel and the agent take, whatever its size.
-const GUEST: u64 = 48 * MIB;
-
-/// The smallest machine.
-const LEAST_GUEST: u64 = 128 * MIB;
-
-/// What the host allows a container whose workload may use `limit` bytes: machine and monitor come on top.
-pub fn host_memory(limit: u64) -> u64 {
-    // The guest keeps 64 bytes about each page of 4 KiB, and the host a page table entry or two of 8 bytes.
-    let grows_with_size = limit / 32;
-    limit.saturating_add(GUEST).saturating_add(grows_with_size).max(LEAST_GUEST).saturating_add(MONITOR)
-}
+use crate::container::shape::host_memory;
 
 /// A control to write to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,9 +167,13 @@ fn cpu_version2(cpu: &LinuxCpu, current: Option<&str>, settings: &mut Settings) 
     }
 }
 
-/// The range 2 to 262144 of version 1 on the range 1 to 10000 of version 2, as runc and systemd do it.
+/// The range 2 to 262144 of version 1 on the range 1 to 10000 of version 2. The curve is runc's (1.4), which leads
+/// from the one default, 1024, to the other, 100.
 fn weight_of_shares(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+    let shares = shares.clamp(2, 262_144);
+    let log = (shares as f64).log2();
+    let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+    (10_f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
 }
 
 fn cpuset(cpu: &LinuxCpu, settings: &mut Settings) {

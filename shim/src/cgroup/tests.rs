@@ -5,9 +5,9 @@ use std::process::{Child, Command};
 use oci_spec::runtime::Spec;
 use serde_json::json;
 
-use super::limits::{host_memory, version1, version2};
+use super::limits::{version1, version2};
 use super::*;
-use crate::container::shape::{HostSize, Shape};
+use crate::container::shape::{HostSize, Shape, host_memory};
 use crate::mountinfo::MountEntry;
 
 fn resources(json: serde_json::Value) -> LinuxResources {
@@ -46,7 +46,7 @@ fn docker_limits_in_version_2() {
             format!("memory.max={}", host_memory(536_870_912)),
             "memory.swap.max=536870912".into(),
             "memory.low=1024".into(),
-            "cpu.weight=39".into(),
+            "cpu.weight=100".into(),
             "cpu.max=150000 100000".into(),
             "cpuset.cpus=0-1".into(),
         ],
@@ -90,6 +90,14 @@ fn zero_is_not_set_and_extremes_do_not_overflow() {
     }));
     assert!(written(&version1(&huge)).contains(&format!("memory.limit_in_bytes={}", i64::MAX)));
     assert!(written(&version2(&huge, None)).contains(&"cpu.weight=10000".into()));
+}
+
+#[test]
+fn the_weights_of_version_2_meet_both_ends_and_the_default() {
+    for (shares, weight) in [(1, 1), (2, 1), (1024, 100), (262_144, 10_000), (u64::MAX, 10_000)] {
+        let limits = resources(json!({ "cpu": { "shares": shares } }));
+        assert_eq!(written(&version2(&limits, None)), [format!("cpu.weight={weight}")], "{shares}");
+    }
 }
 
 #[test]

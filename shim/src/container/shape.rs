@@ -1,6 +1,7 @@
-//! How large the virtual machine is: vCPUs and memory from the spec's limits and the host's size.
+//! How large the virtual machine is: vCPUs and memory from the spec's limits and the host's size; and what the host
+//! has to allow it.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 const MIB: u64 = 1 << 20;
@@ -8,6 +9,10 @@ const MIB: u64 = 1 << 20;
 const GUEST_OVERHEAD: u64 = 40 * MIB;
 /// The kernel's `struct page`s and the like take this share of the memory.
 const OVERHEAD_DIVISOR: u64 = 50;
+/// The monitor's own memory: its code, buffers, and pages of served files.
+const MONITOR: u64 = 64 * MIB;
+/// The host keeps page tables and the like for this share of the guest's memory.
+const HOST_DIVISOR: u64 = 64;
 /// Memory of a container without a limit, where the host has plenty.
 const DEFAULT_MEMORY: u64 = 1024 * MIB;
 /// No guest boots in less.
@@ -26,6 +31,35 @@ pub struct Shape {
     pub memory: u64,
     /// What the workload may use of it, where limited.
     pub memory_limit: Option<u64>,
+}
+
+/// An update asks for more than the machine has, whose size was settled when it was made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TooLarge {
+    /// Memory.
+    #[error(
+        "linux.resources.memory.limit: the container's virtual machine was made with {machine} bytes of memory, of \
+         which a workload can have {most} at most; create the container anew with the limit {wanted}"
+    )]
+    Memory {
+        /// What is asked for.
+        wanted: u64,
+        /// What the machine has.
+        machine: u64,
+        /// What would be possible.
+        most: u64,
+    },
+    /// Processors.
+    #[error(
+        "linux.resources.cpu.quota: the container's virtual machine was made with {vcpus} processors; create the \
+         container anew for the time of {wanted}"
+    )]
+    Processors {
+        /// What is asked for.
+        wanted: u64,
+        /// What the machine has.
+        vcpus: u8,
+    },
 }
 
 /// What the host has.
@@ -49,16 +83,61 @@ impl Shape {
     /// The shape for a spec on a host.
     pub fn of(spec: &Spec, host: HostSize) -> Shape {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        let quota =
-            cpu.and_then(|cpu| Some((u64::try_from(cpu.quota()?).ok()?, cpu.period().unwrap_or(100_000))));
-        let limit = resources
-            .and_then(|resources| resources.memory().as_ref()?.limit())
-            .and_then(|limit| u64::try_from(limit).ok())
-            // Engines write the largest number for "no limit".
-            .filter(|limit| (1..1 << 60).contains(limit));
+        let quota = resources.and_then(quota);
+        let limit = resources.and_then(memory_limit);
         Shape { vcpus: vcpus(quota, host), memory: memory(limit, host), memory_limit: limit }
     }
+
+    /// Whether the machine, once made, can give its workload these limits.
+    pub fn can_give(&self, resources: &LinuxResources) -> Result<(), TooLarge> {
+        if let Some(wanted) = memory_limit(resources)
+            && machine_memory(wanted) > self.memory
+            // On a small host even the first limit may have been above what there is.
+            && self.memory_limit.is_none_or(|first| wanted > first)
+        {
+            return Err(TooLarge::Memory {
+                wanted,
+                machine: self.memory,
+                most: workload_memory(self.memory),
+            });
+        }
+        match quota(resources) {
+            Some((quota, period)) if period > 0 && quota.div_ceil(period) > u64::from(self.vcpus) => {
+                Err(TooLarge::Processors { wanted: quota.div_ceil(period), vcpus: self.vcpus })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The limit of memory, if there is one.
+pub fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+    let limit = u64::try_from(resources.memory().as_ref()?.limit()?).ok()?;
+    // Engines write the largest number for "no limit".
+    Some(limit).filter(|limit| (1..1 << 60).contains(limit))
+}
+
+/// Processor time and the period in which it may be used, in microseconds.
+fn quota(resources: &LinuxResources) -> Option<(u64, u64)> {
+    let cpu = resources.cpu().as_ref()?;
+    Some((u64::try_from(cpu.quota()?).ok()?, cpu.period().unwrap_or(100_000)))
+}
+
+/// The memory of a machine whose workload may use `limit` bytes.
+fn machine_memory(limit: u64) -> u64 {
+    let wanted = limit.saturating_add(GUEST_OVERHEAD).saturating_add(limit / OVERHEAD_DIVISOR);
+    wanted.max(LEAST_MEMORY).checked_next_multiple_of(2 * MIB).unwrap_or(u64::MAX)
+}
+
+/// The reverse: what a workload can have of a machine's memory.
+fn workload_memory(machine: u64) -> u64 {
+    machine.saturating_sub(GUEST_OVERHEAD) / (OVERHEAD_DIVISOR + 1) * OVERHEAD_DIVISOR
+}
+
+/// What the host allows a container whose workload may use `limit` bytes: machine and monitor come on top.
+pub fn host_memory(limit: u64) -> u64 {
+    let machine = machine_memory(limit);
+    machine.saturating_add(machine / HOST_DIVISOR).saturating_add(MONITOR)
 }
 
 /// A quota of 1.5 processors is 2 vCPUs, whose time the host's cgroup limits to 1.5. Whoever asks for more than the
@@ -74,7 +153,7 @@ fn vcpus(quota: Option<(u64, u64)>, host: HostSize) -> u8 {
 fn memory(limit: Option<u64>, host: HostSize) -> u64 {
     let memory = match limit {
         // Only touched memory costs the host anything, and the guest's cgroup holds the workload to its limit.
-        Some(limit) => limit.saturating_add(GUEST_OVERHEAD).saturating_add(limit / OVERHEAD_DIVISOR),
+        Some(limit) => machine_memory(limit),
         None => DEFAULT_MEMORY.min(host.memory / 2),
     };
     memory.min(host.memory.max(LEAST_MEMORY)).max(LEAST_MEMORY).next_multiple_of(2 * MIB)
@@ -140,5 +219,33 @@ mod tests {
         assert_eq!(count(r#"{"quota":100000,"period":0}"#), 4);
         assert_eq!(count(r#"{"quota":1200000}"#), 12, "more than the host has");
         assert_eq!(u64::from(count(r#"{"quota":640000000}"#)), MOST_VCPUS);
+    }
+
+    #[test]
+    fn an_update_is_given_what_the_machine_has_and_no_more() {
+        let shape = Shape::of(&spec(r#"{"memory":{"limit":536870912},"cpu":{"quota":150000}}"#), HOST);
+        let can_give = |json: &str| shape.can_give(&serde_json::from_str(json).unwrap());
+        assert_eq!(can_give(r#"{"memory":{"limit":536870912},"cpu":{"quota":200000}}"#), Ok(()));
+        assert_eq!(can_give(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#), Ok(()));
+        let Err(TooLarge::Memory { most, .. }) = can_give(r#"{"memory":{"limit":1073741824}}"#) else {
+            panic!("more than the machine has")
+        };
+        assert_eq!(
+            can_give(&format!(r#"{{"memory":{{"limit":{most}}}}}"#)),
+            Ok(()),
+            "what is offered is given"
+        );
+        let more = can_give(r#"{"cpu":{"quota":500000,"period":100000}}"#);
+        assert_eq!(more, Err(TooLarge::Processors { wanted: 5, vcpus: 2 }));
+    }
+
+    #[test]
+    fn the_first_limit_can_be_set_again_on_a_host_that_has_less() {
+        let host = HostSize { processors: 1, memory: 1 << 30 };
+        let shape = Shape::of(&spec(r#"{"memory":{"limit":4294967296}}"#), host);
+        assert_eq!(
+            shape.can_give(&serde_json::from_str(r#"{"memory":{"limit":4294967296}}"#).unwrap()),
+            Ok(())
+        );
     }
 }
