@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cause::Cause;
 use layout::Layout;
-use limits::Setting;
+use limits::{ControlFile, Setting};
 
 const PROCESSES: &str = "cgroup.procs";
 
@@ -88,6 +88,10 @@ pub struct HostCgroup {
     version: Version,
     directories: Vec<Directory>,
 }
+
+/// Controls with their contents.
+#[derive(Clone, Debug)]
+pub struct Snapshot(Vec<(PathBuf, String)>);
 
 /// The kernel's two interfaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,34 +171,56 @@ impl HostCgroup {
 
     /// Sets limits; those that are not given stay as they are.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
-        let settings = match self.version {
+        // Some limits bound each other (memory with swap, quota with burst), so that the order in which they can
+        // be set depends on where they stand: what fails is tried again after the others.
+        let again: Vec<_> =
+            self.settings(resources).into_iter().filter(|setting| self.set(setting).is_err()).collect();
+        again.iter().try_for_each(|setting| self.set(setting))
+    }
+
+    fn settings(&self, resources: &LinuxResources) -> Vec<Setting> {
+        match self.version {
             Version::V1 => limits::version1(resources),
             Version::V2 => {
                 let current = self.directories.first().map(|directory| directory.path.join("cpu.max"));
                 limits::version2(resources, current.and_then(|path| fs::read_to_string(path).ok()).as_deref())
             }
-        };
-        // Some limits bound each other (memory with swap, quota with burst), so that the order in which they can
-        // be set depends on where they stand: what fails is tried again after the others.
-        let again: Vec<_> = settings.into_iter().filter(|setting| self.set(setting).is_err()).collect();
-        again.iter().try_for_each(|setting| self.set(setting))
+        }
+    }
+
+    /// The controls that an update with these limits would change, as they stand.
+    pub fn snapshot(&self, resources: &LinuxResources) -> Snapshot {
+        let settings = self.settings(resources);
+        let controls = settings.iter().filter_map(|setting| self.control(setting)).map(|(path, _)| path);
+        Snapshot(
+            controls.filter_map(|path| fs::read_to_string(&path).ok().map(|text| (path, text))).collect(),
+        )
+    }
+
+    /// Sets controls back, as far as that is possible: it follows another error, which is the one to be told.
+    pub fn restore(&self, snapshot: &Snapshot) {
+        // Twice, for the reason that `update` has.
+        for (path, text) in snapshot.0.iter().rev().chain(&snapshot.0) {
+            for line in text.lines() {
+                let _ = write(path, line);
+            }
+        }
     }
 
     fn set(&self, setting: &Setting) -> Result<(), CgroupError> {
-        let Some(directory) = self.with_controller(setting.controller) else {
-            return self.unavailable(setting);
-        };
-        let file = setting
-            .files
-            .iter()
-            .find(|file| directory.path.join(file.name).exists())
-            .map(|file| (file.name, &file.value));
-        let Some((name, value)) = file else { return self.unavailable(setting) };
-        write(&directory.path.join(name), value).map_err(|error| CgroupError::Refused {
-            file: name,
-            value: value.clone(),
+        let Some((path, file)) = self.control(setting) else { return self.unavailable(setting) };
+        write(&path, &file.value).map_err(|error| CgroupError::Refused {
+            file: file.name,
+            value: file.value.clone(),
             cause: error.into(),
         })
+    }
+
+    /// The form of a control that this kernel has.
+    fn control<'a>(&self, setting: &'a Setting) -> Option<(PathBuf, &'a ControlFile)> {
+        let directory = self.with_controller(setting.controller)?;
+        let mut forms = setting.files.iter().map(|file| (directory.path.join(file.name), file));
+        forms.find(|(path, _)| path.exists())
     }
 
     fn unavailable(&self, setting: &Setting) -> Result<(), CgroupError> {

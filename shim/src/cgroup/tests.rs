@@ -195,6 +195,24 @@ fn a_control_that_is_not_there_is_an_error_and_never_made() {
 }
 
 #[test]
+fn an_update_that_is_taken_back_leaves_the_controls_as_they_were() {
+    let (_directory, cgroup) = paper_hierarchy(&["memory.max", "cpu.max"]);
+    let path = cgroup.paths().remove(0);
+    fs::write(path.join("memory.max"), "max").unwrap();
+    fs::write(path.join("cpu.max"), "5000 50000").unwrap();
+    let limits = resources(json!({ "memory": { "limit": 1000 }, "cpu": { "quota": 7000 } }));
+    let before = cgroup.snapshot(&limits);
+    cgroup.update(&limits).unwrap();
+    assert_ne!(fs::read_to_string(path.join("memory.max")).unwrap(), "max");
+    // Unlike a control, a file keeps what is not overwritten.
+    fs::write(path.join("memory.max"), "").unwrap();
+    fs::write(path.join("cpu.max"), "").unwrap();
+    cgroup.restore(&before);
+    assert_eq!(fs::read_to_string(path.join("memory.max")).unwrap(), "max");
+    assert_eq!(fs::read_to_string(path.join("cpu.max")).unwrap(), "5000 50000");
+}
+
+#[test]
 fn state_survives_the_way_to_disk() {
     let (_directory, cgroup) = paper_hierarchy(&[]);
     let json = serde_json::to_string(&cgroup).unwrap();

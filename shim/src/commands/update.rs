@@ -50,12 +50,18 @@ pub(super) fn update(context: &Context, arguments: &UpdateArguments) -> Result<(
         serde_json::from_value(json.clone()).map_err(|error| malformed(&error))?;
     match container.status() {
         Status::Stopped | Status::Creating => return Err(ContainerError::NotRunning.into()),
-        Status::Created | Status::Running | Status::Paused => {}
+        // The guest cannot answer while it is halted.
+        Status::Paused => return Err(ContainerError::Paused.into()),
+        Status::Created | Status::Running => {}
     }
-    if let Some(cgroup) = &container.record.cgroup {
-        cgroup.update(&resources)?;
+    if let Some(shape) = &container.record.shape {
+        shape.can_give(&resources).map_err(|error| Error::Usage(error.to_string()))?;
     }
-    order(&container, &Command::Update { resources: json.to_string() })
+    let order = || order(&container, &Command::Update { resources: json.to_string() });
+    let Some(cgroup) = &container.record.cgroup else { return order() };
+    let before = cgroup.snapshot(&resources);
+    let changed = cgroup.update(&resources).map_err(Error::from).and_then(|()| order());
+    changed.inspect_err(|_| cgroup.restore(&before))
 }
 
 impl UpdateArguments {

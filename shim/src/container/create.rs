@@ -127,6 +127,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     undo.lock = Some(undo.folder()?.lock().map_err(system("cannot lock the container's folder"))?);
     let listener = undo.folder()?.listen().map_err(system("cannot make the control socket"))?;
     let mut record = new_record(&request);
+    record.shape = Some(shape);
     let cgroup = HostCgroup::locate(spec, request.id.as_str(), request.systemd_cgroup)?;
     record.cgroup = Some(cgroup.clone());
     // Before there is anything: `delete --force` finds what a killed `create` has left.
@@ -285,6 +286,7 @@ fn new_record(request: &CreateRequest<'_>) -> Record {
             NetworkNamespace::New => None,
         },
         process: spec.process().clone(),
+        shape: None,
         throw_away: request.throw_away,
     }
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::ContainerId;
 use super::liveness::ProcessIdentity;
+use super::shape::Shape;
 use crate::cgroup::HostCgroup;
 
 /// Version of the OCI runtime specification that states follow.
@@ -50,6 +51,9 @@ pub struct Record {
     /// The spec's `process`, from which `exec` takes what its caller leaves out.
     #[serde(default)]
     pub process: Option<oci_spec::runtime::Process>,
+    /// The machine's size.
+    #[serde(default)]
+    pub shape: Option<Shape>,
     /// The command that the container ends with, where it was made to be thrown away: `rvm do`.
     #[serde(default)]
     pub throw_away: Option<ProcessIdentity>,
@@ -185,6 +189,7 @@ impl Record {
             poststop: field(&json, "poststop"),
             network_namespace: field(&json, "network_namespace"),
             process: field(&json, "process"),
+            shape: field(&json, "shape"),
             throw_away: field(&json, "throw_away"),
         }
     }
@@ -226,6 +231,7 @@ pub(super) mod tests {
             poststop: vec![],
             network_namespace: None,
             process: None,
+            shape: None,
             throw_away: None,
         }
     }

@@ -50,9 +50,7 @@ impl Service {
             Command::Processes => self.forward(Request::List, Pending::List(client)),
             Command::Pause => self.on_pause(client),
             Command::Resume => self.on_resume(client),
-            Command::Update { resources } => {
-                self.forward(Request::Update { resources }, Pending::Simple(client))
-            }
+            Command::Update { resources } => self.on_update(client, resources),
         };
         if let Err(why) = done {
             self.clients.refuse(client, why);
@@ -269,7 +267,7 @@ impl Service {
         Ok(())
     }
 
-    fn forward(&mut self, request: Request, pending: Pending) -> Result<(), String> {
+    pub(super) fn forward(&mut self, request: Request, pending: Pending) -> Result<(), String> {
         self.require_running()?;
         self.request(request, pending);
         Ok(())

@@ -20,6 +20,7 @@ mod initramfs;
 mod service;
 mod setup;
 mod streams;
+mod update;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
