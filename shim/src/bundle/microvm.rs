@@ -8,7 +8,7 @@ use oci_spec::runtime::{
 };
 
 use super::error::BundleError;
-use super::{CONFIG, field};
+use super::{field, impossible, resources};
 use crate::cause::Cause;
 
 /// Character devices that every guest has of its own: major and minor number.
@@ -28,10 +28,66 @@ const GUEST_DEVICES: [(i64, i64); 10] = [
 /// Refuses what a microVM cannot do, drops what has no meaning there, and says so.
 pub(super) fn possible(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
     security_modules(spec, warnings);
+    own_machine(spec)?;
+    host_name(spec, warnings);
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     namespaces(linux, warnings)?;
     devices(linux, warnings)?;
-    hardware(linux, warnings)
+    hardware(linux, warnings)?;
+    kernel_features(linux, warnings)?;
+    linux.resources().as_ref().map_or(Ok(()), |limits| resources::check(limits, "linux.resources", warnings))
+}
+
+/// Of the specification's section about virtual machines the kernel is honoured (see [`super::Bundle::kernel`]).
+fn own_machine(spec: &Spec) -> Result<(), BundleError> {
+    let Some(vm) = spec.vm() else { return Ok(()) };
+    if !vm.kernel().path().is_absolute() {
+        let problem = format!("`{}` is not an absolute path", vm.kernel().path().display());
+        return Err(field("vm.kernel.path", problem));
+    }
+    let refused = [
+        ("vm.hypervisor", vm.hypervisor().is_some(), "run in another hypervisor than rvm's own"),
+        ("vm.image", vm.image().is_some(), "boot from an image; the root file system is root.path"),
+        (
+            "vm.kernel.parameters",
+            vm.kernel().parameters().as_ref().is_some_and(|list| !list.is_empty()),
+            "take parameters for the guest's kernel, which rvm chooses",
+        ),
+        ("vm.kernel.initrd", vm.kernel().initrd().is_some(), "take an initrd; rvm's own holds its agent"),
+    ];
+    match refused.into_iter().find(|(_, present, _)| *present) {
+        None => Ok(()),
+        Some((name, _, problem)) => Err(impossible(name, problem)),
+    }
+}
+
+/// Without a namespace of its own for names, the container shows the host's (`--uts=host`).
+fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) {
+    let own = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    if own.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
+        return;
+    }
+    warnings.push(
+        "linux.namespaces: the container has the host's name, but not its UTS namespace: a later change of the \
+         name, on either side, does not reach the other"
+            .into(),
+    );
+    if spec.hostname().is_none()
+        && let Ok(name) = nix::unistd::gethostname()
+    {
+        spec.set_hostname(Some(name.to_string_lossy().into_owned()));
+    }
+}
+
+fn kernel_features(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    if linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()) {
+        return Err(impossible("linux.timeOffsets", "have a time namespace, and so shifted clocks"));
+    }
+    let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());
+    if flags.is_some_and(|flags| !flags.is_empty()) {
+        warnings.push("linux.personality.flags is ignored: the specification defines no flag".into());
+    }
+    Ok(())
 }
 
 fn security_modules(spec: &Spec, warnings: &mut Vec<String>) {
@@ -159,19 +215,13 @@ fn hardware(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError
         return Err(impossible("linux.netDevices", "take over network devices of the host"));
     }
     let ignored = [
-        ("linux.intelRdt", linux.intel_rdt().is_some()),
-        ("linux.memoryPolicy", linux.memory_policy().is_some()),
-        ("linux.resources.network", linux.resources().as_ref().is_some_and(|all| all.network().is_some())),
-        ("linux.resources.rdma", linux.resources().as_ref().is_some_and(|all| all.rdma().is_some())),
+        ("linux.intelRdt", linux.intel_rdt().is_some(), "it is about the host's hardware"),
+        ("linux.memoryPolicy", linux.memory_policy().is_some(), "the guest's memory is one node"),
     ];
-    for (name, present) in ignored {
+    for (name, present, why) in ignored {
         if present {
-            warnings.push(format!("{name} is ignored: it is about the host's hardware"));
+            warnings.push(format!("{name} is ignored: {why}"));
         }
     }
     Ok(())
-}
-
-fn impossible(field: &str, problem: &str) -> BundleError {
-    BundleError::Impossible { file: CONFIG, field: field.into(), problem: problem.into() }
 }

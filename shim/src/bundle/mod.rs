@@ -9,6 +9,7 @@ mod guest;
 mod microvm;
 pub mod options;
 mod parse;
+pub mod resources;
 mod validate;
 
 #[cfg(test)]
@@ -77,6 +78,11 @@ impl Bundle {
         self.guest_spec.clone()
     }
 
+    /// The guest's kernel, where the description names one (`vm.kernel.path`).
+    pub fn kernel(&self) -> Option<&Path> {
+        self.spec.vm().as_ref().map(|vm| vm.kernel().path().as_path())
+    }
+
     /// Where the container's network namespace comes from.
     pub fn network_namespace(&self) -> NetworkNamespace {
         self.spec
@@ -126,4 +132,9 @@ fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
 /// An error about a field of `config.json`.
 fn field(field: impl Into<String>, problem: impl Into<String>) -> BundleError {
     BundleError::Field { file: CONFIG, field: field.into(), problem: problem.into() }
+}
+
+/// An error about a field of `config.json` that asks for what a microVM cannot do.
+fn impossible(field: &str, problem: &str) -> BundleError {
+    BundleError::Impossible { file: CONFIG, field: field.into(), problem: problem.into() }
 }

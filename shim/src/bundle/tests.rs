@@ -413,3 +413,68 @@ fn an_id_mapped_bind_is_refused_with_or_without_the_option() {
         );
     }
 }
+
+#[test]
+fn what_has_no_effect_is_said_and_what_cannot_be_done_is_refused() {
+    let ignored = [
+        ("/linux/resources/memory/swappiness", json!(10), "linux.resources.memory.swappiness is ignored"),
+        ("/linux/resources/memory/disableOOMKiller", json!(true), "linux.resources.memory.disableOOMKiller"),
+        ("/linux/resources/memory/kernel", json!(1000), "linux.resources.memory.kernel is ignored"),
+        ("/linux/resources/memory/kernelTCP", json!(1000), "linux.resources.memory.kernelTCP is ignored"),
+        ("/linux/resources/network", json!({ "classID": 7 }), "linux.resources.network.classID is ignored"),
+        ("/linux/personality", json!({ "domain": "LINUX", "flags": ["X"] }), "linux.personality.flags"),
+        ("/mounts/3/options", json!(["rbind", "rshared"]), "mounts[3]: mounts that the container makes"),
+    ];
+    for (pointer, value, warning) in ignored {
+        let bundle = load(&with(pointer, value)).unwrap();
+        assert!(bundle.warnings.iter().any(|line| line.starts_with(warning)), "{:?}", bundle.warnings);
+    }
+    let quiet = with("/linux/resources/network", json!({}));
+    assert_eq!(load(&quiet).unwrap().warnings, load(&config()).unwrap().warnings, "nothing is asked for");
+    let kernel = |rest: Value| {
+        let mut vm = json!({ "kernel": { "path": "/boot/vmlinux" } });
+        vm.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        vm
+    };
+    let refused = [
+        ("/linux/resources/cpu", json!({ "realtimeRuntime": 5 }), "linux.resources.cpu.realtimeRuntime"),
+        ("/linux/resources/blockIO", json!({ "leafWeight": 5 }), "linux.resources.blockIO.leafWeight"),
+        ("/linux/timeOffsets", json!({ "boottime": { "secs": 1 } }), "linux.timeOffsets"),
+        ("/vm", kernel(json!({ "hypervisor": { "path": "/x" } })), "vm.hypervisor"),
+        ("/vm", json!({ "kernel": { "path": "/x", "parameters": ["quiet"] } }), "vm.kernel.parameters"),
+        ("/vm", json!({ "kernel": { "path": "x" } }), "vm.kernel.path"),
+    ];
+    for (pointer, value, name) in refused {
+        let words = refusal(&with(pointer, value));
+        assert!(words.starts_with(&format!("config.json: {name}: ")), "{words}");
+    }
+    let bundle = load(&with("/vm", kernel(json!({})))).unwrap();
+    assert_eq!(bundle.kernel(), Some(Path::new("/boot/vmlinux")));
+}
+
+#[test]
+fn without_a_uts_namespace_the_guest_gets_the_hosts_name() {
+    let mut config = config();
+    config["hostname"] = Value::Null;
+    config["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "uts");
+    let bundle = load(&config).unwrap();
+    let name = nix::unistd::gethostname().unwrap();
+    assert_eq!(guest(&bundle)["hostname"], name.to_str().unwrap());
+    assert!(
+        bundle.warnings.iter().any(|line| line.starts_with("linux.namespaces: the container has the host's"))
+    );
+}
+
+#[test]
+fn what_the_agent_implements_reaches_it() {
+    let priority = json!({ "class": "IOPRIO_CLASS_BE", "priority": 4 });
+    let affinity = json!({ "initial": "0", "final": "0" });
+    for (pointer, value) in [("/process/ioPriority", priority), ("/process/execCPUAffinity", affinity)] {
+        let bundle = load(&with(pointer, value)).unwrap();
+        assert!(guest(&bundle).pointer(pointer).is_some(), "{pointer}");
+    }
+    assert_eq!(
+        guest(&load(&config()).unwrap()).pointer("/linux/resources/devices/0/access"),
+        Some(&json!("rwm"))
+    );
+}

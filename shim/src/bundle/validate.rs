@@ -7,7 +7,7 @@ use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
 use super::error::BundleError;
 use super::options::{MountOptions, is_label, known_to_file_system};
-use super::{CONFIG, field};
+use super::{CONFIG, field, impossible};
 
 /// File systems that the guest's own kernel provides.
 const GUEST_FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -162,6 +162,12 @@ fn normalise(
         }
     }
     if kind == "bind" {
+        if options.propagation.iter().any(|propagation| propagation.kind == libc::MS_SHARED) {
+            warnings.push(format!(
+                "{name}: mounts that the container makes below {} do not appear on the host: they are the guest's",
+                mount.destination().display()
+            ));
+        }
         let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
         let source = source.ok_or_else(|| field(format!("{name}.source"), "a bind mount needs a source"))?;
         mount.set_source(Some(bundle.join(source)));
@@ -214,8 +220,4 @@ fn destination(path: &Path, name: &str, warnings: &mut Vec<String>) -> Result<Pa
         Some(_) => Ok(clean),
         None => Err(field(format!("{name}.destination"), "a mount cannot replace the container's root")),
     }
-}
-
-fn impossible(field: &str, problem: &str) -> BundleError {
-    BundleError::Impossible { file: CONFIG, field: field.into(), problem: problem.into() }
 }

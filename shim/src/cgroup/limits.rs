@@ -188,6 +188,11 @@ fn io_version1(io: &LinuxBlockIo, settings: &mut Settings) {
     if let Some(weight) = io.weight().filter(|weight| *weight != 0) {
         settings.add_any("blkio", true, &[("blkio.weight", &weight), ("blkio.bfq.weight", &weight)]);
     }
+    for device in weighed_devices(io) {
+        let files: [(_, &dyn Display); 2] =
+            [("blkio.weight_device", &device), ("blkio.bfq.weight_device", &device)];
+        settings.add_any("blkio", true, &files);
+    }
     for (name, _, devices) in throttles(io) {
         for device in devices {
             settings.add(
@@ -205,12 +210,23 @@ fn io_version2(io: &LinuxBlockIo, settings: &mut Settings) {
         let wide = 1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990;
         settings.add_any("io", true, &[("io.bfq.weight", &weight), ("io.weight", &wide)]);
     }
+    for device in weighed_devices(io) {
+        settings.add("io", "io.bfq.weight", device);
+    }
     for (_, key, devices) in throttles(io) {
         for device in devices {
             let value = format_args!("{}:{} {key}={}", device.major(), device.minor(), device.rate());
             settings.add("io", "io.max", value);
         }
     }
+}
+
+/// Devices with a weight of their own, as both versions want them.
+fn weighed_devices(io: &LinuxBlockIo) -> impl Iterator<Item = String> {
+    io.weight_device().iter().flatten().filter_map(|device| {
+        let weight = device.weight().filter(|weight| *weight != 0)?;
+        Some(format!("{}:{} {weight}", device.major(), device.minor()))
+    })
 }
 
 type Throttle<'a> = (&'static str, &'static str, &'a [LinuxThrottleDevice]);

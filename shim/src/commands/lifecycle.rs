@@ -101,6 +101,7 @@ pub(super) fn create_from(
     for warning in &bundle.warnings {
         context.log.warning(warning);
     }
+    let kernel = context.kernel.clone().or_else(|| bundle.kernel().map(Path::to_owned));
     Ok(create::create(CreateRequest {
         root: &absolute(&context.root)?,
         id: &id,
@@ -108,7 +109,7 @@ pub(super) fn create_from(
         terminal,
         pid_file: arguments.pid_file.as_deref(),
         systemd_cgroup: context.systemd_cgroup,
-        kernel: context.kernel.as_deref(),
+        kernel: kernel.as_deref(),
         throw_away: lower.is_some().then_some(this),
         lower,
         log: &context.log,

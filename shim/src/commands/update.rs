@@ -8,6 +8,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::Context;
 use super::lifecycle::order;
+use crate::bundle::resources;
 use crate::container::{Container, ContainerError, Status};
 use crate::control::Command;
 use crate::error::Error;
@@ -46,8 +47,7 @@ pub(super) struct UpdateArguments {
 pub(super) fn update(context: &Context, arguments: &UpdateArguments) -> Result<(), Error> {
     let (container, _lock) = Container::open_locked(&context.root, &arguments.id)?;
     let json = arguments.to_json()?;
-    let resources: LinuxResources =
-        serde_json::from_value(json.clone()).map_err(|error| malformed(&error))?;
+    let limits: LinuxResources = serde_json::from_value(json.clone()).map_err(|error| malformed(&error))?;
     match container.status() {
         Status::Stopped | Status::Creating => return Err(ContainerError::NotRunning.into()),
         // The guest cannot answer while it is halted.
@@ -55,12 +55,15 @@ pub(super) fn update(context: &Context, arguments: &UpdateArguments) -> Result<(
         Status::Created | Status::Running => {}
     }
     if let Some(shape) = &container.record.shape {
-        shape.can_give(&resources).map_err(|error| Error::Usage(error.to_string()))?;
+        shape.can_give(&limits).map_err(|error| Error::Usage(error.to_string()))?;
     }
+    let mut warnings = Vec::new();
+    resources::check(&limits, "linux.resources", &mut warnings)?;
+    warnings.iter().for_each(|warning| context.log.warning(warning));
     let order = || order(&container, &Command::Update { resources: json.to_string() });
     let Some(cgroup) = &container.record.cgroup else { return order() };
-    let before = cgroup.snapshot(&resources);
-    let changed = cgroup.update(&resources).map_err(Error::from).and_then(|()| order());
+    let before = cgroup.snapshot(&limits);
+    let changed = cgroup.update(&limits).map_err(Error::from).and_then(|()| order());
     changed.inspect_err(|_| cgroup.restore(&before))
 }
 
