@@ -12,6 +12,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const BUFFER: usize = 64 << 10;
 const STACK: usize = 128 << 10;
 
+/// Whether a descriptor is `/dev/null`: nothing has to be copied from it, and a program can see that it is.
+pub fn is_null(descriptor: impl AsFd) -> bool {
+    const NULL: u64 = libc::makedev(1, 3);
+    nix::sys::stat::fstat(descriptor.as_fd())
+        .is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFCHR && stat.st_rdev == NULL)
+}
+
 /// Copies from a host descriptor to the guest until either end closes. The end of the input is passed on.
 pub fn pump_in(from: OwnedFd, to: &UnixStream) {
     let _ = copy(&mut File::from(from), &mut &*to);
@@ -92,6 +99,13 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+
+    #[test]
+    fn null_is_told_from_other_devices_and_files() {
+        let open = |path: &str| File::open(path).unwrap();
+        assert!(is_null(open("/dev/null")));
+        assert!(!is_null(open("/dev/zero")) && !is_null(open("/")));
+    }
 
     #[test]
     fn the_end_of_the_input_reaches_the_guest() {

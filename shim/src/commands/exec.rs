@@ -16,6 +16,7 @@ use crate::container::create::write_pid_file;
 use crate::container::{Container, ContainerError, Status};
 use crate::control::{Connection, Exec, WindowSize};
 use crate::error::Error;
+use crate::stdio::is_null;
 
 #[derive(Debug, Args)]
 pub(super) struct ExecArguments {
@@ -128,7 +129,8 @@ impl Execution {
         let json = serde_json::to_string(process)
             .map_err(|error| Error::system("cannot encode the process")(io::Error::from(error)))?;
         let size = || window_size(io::stdin()).unwrap_or_else(|_| asked_size(process));
-        Ok(Exec { process: json, terminal: self.terminal.then(size) })
+        let null_stdin = !self.terminal && is_null(io::stdin());
+        Ok(Exec { process: json, terminal: self.terminal.then(size), null_stdin })
     }
 
     /// Stubs count with their container, and end with it.

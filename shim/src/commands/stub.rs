@@ -162,9 +162,12 @@ impl Stub {
     }
 
     fn connect(&mut self, streams: Vec<UnixStream>) -> Result<(), StubError> {
-        match <[UnixStream; 3]>::try_from(streams) {
-            Ok([stdin, stdout, stderr]) => {
-                stdio::spawn_in(take(io::stdin())?, stdin)?;
+        let mut streams = streams;
+        if streams.len() == 3 {
+            stdio::spawn_in(take(io::stdin())?, streams.remove(0))?;
+        }
+        match <[UnixStream; 2]>::try_from(streams) {
+            Ok([stdout, stderr]) => {
                 self.copy_output(stdout, take(io::stdout())?)?;
                 self.copy_output(stderr, take(io::stderr())?)
             }

@@ -64,6 +64,8 @@ pub struct Exec {
     pub process: String,
     /// The terminal's size, where it has a terminal.
     pub terminal: Option<WindowSize>,
+    /// Whether its standard input is the guest's `/dev/null`, and so no stream.
+    pub null_stdin: bool,
 }
 
 /// The size of a terminal in characters.

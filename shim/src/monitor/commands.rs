@@ -139,7 +139,7 @@ impl Service {
             .map(|terminal| console::window_size(terminal).ok().or(self.setup.terminal).unwrap_or_default());
         let streams = self
             .streams
-            .expect(ProcessId::INIT, size)
+            .expect(ProcessId::INIT, size, self.init.has_null_stdin())
             .map_err(|error| format!("cannot draw a random number: {error}"))?;
         self.start_asked = true;
         self.starter = Some(client);
@@ -188,7 +188,7 @@ impl Service {
         self.next_process += 1;
         let streams = self
             .streams
-            .expect(process, exec.terminal)
+            .expect(process, exec.terminal, exec.null_stdin)
             .map_err(|error| format!("cannot draw a random number: {error}"))?;
         self.executions.insert(process, Execution::new(client, &streams));
         self.clients.set_process(client, process);

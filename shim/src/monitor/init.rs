@@ -29,6 +29,11 @@ impl Init {
         Ok(Init { stdio, terminal, open_outputs: 0, drained: Arc::new(drained), status: None })
     }
 
+    /// Whether its standard input is `/dev/null`.
+    pub fn has_null_stdin(&self) -> bool {
+        !self.terminal && self.stdio.stdin.is_none()
+    }
+
     /// The terminal, if it has one.
     pub fn terminal(&self) -> Option<BorrowedFd<'_>> {
         self.stdio.stdin.as_ref().filter(|_| self.terminal).map(AsFd::as_fd)

@@ -13,11 +13,12 @@ use nix::unistd::setsid;
 
 use super::MonitorError;
 use crate::console;
+use crate::stdio::is_null;
 
 /// The container's standard streams as `create` got them from the engine.
 #[derive(Debug)]
 pub struct Stdio {
-    /// Standard input, or the terminal.
+    /// Standard input, or the terminal; none if it is `/dev/null`.
     pub stdin: Option<OwnedFd>,
     /// Standard output, or the terminal.
     pub stdout: Option<OwnedFd>,
@@ -31,7 +32,7 @@ impl Stdio {
     pub fn take() -> io::Result<Stdio> {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         let stdio = Stdio {
-            stdin: Some(io::stdin().as_fd().try_clone_to_owned()?),
+            stdin: (!is_null(io::stdin())).then(|| io::stdin().as_fd().try_clone_to_owned()).transpose()?,
             stdout: Some(io::stdout().as_fd().try_clone_to_owned()?),
             stderr: Some(io::stderr().as_fd().try_clone_to_owned()?),
         };

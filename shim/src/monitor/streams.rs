@@ -54,11 +54,12 @@ struct Undecided {
 }
 
 impl Streams {
-    /// Expects the streams of a process: a terminal, or all three pipes.
+    /// Expects the streams of a process: a terminal, or the pipes, of which standard input may be left out.
     pub fn expect(
         &mut self,
         process: ProcessId,
         terminal: Option<WindowSize>,
+        null_stdin: bool,
     ) -> io::Result<StandardStreams> {
         let mut expect = |role| -> io::Result<StreamToken> {
             let token = new_token()?;
@@ -70,7 +71,7 @@ impl Streams {
                 StandardStreams::Terminal { token: expect(StreamRole::Terminal)?, rows, columns }
             }
             None => StandardStreams::Pipes {
-                stdin: Some(expect(StreamRole::Stdin)?),
+                stdin: if null_stdin { None } else { Some(expect(StreamRole::Stdin)?) },
                 stdout: Some(expect(StreamRole::Stdout)?),
                 stderr: Some(expect(StreamRole::Stderr)?),
             },
@@ -167,7 +168,7 @@ mod tests {
     }
 
     fn terminal(streams: &mut Streams, process: u32) -> StreamToken {
-        match streams.expect(ProcessId(process), Some(WindowSize::default())).unwrap() {
+        match streams.expect(ProcessId(process), Some(WindowSize::default()), false).unwrap() {
             StandardStreams::Terminal { token, .. } => token,
             StandardStreams::Pipes { .. } => panic!("asked for a terminal"),
         }
@@ -189,6 +190,15 @@ mod tests {
         let mut data = [0; 4];
         (&stream.connection).read_exact(&mut data).unwrap();
         assert_eq!(&data, b"data", "nothing after the header is swallowed");
+    }
+
+    #[test]
+    fn a_null_input_is_no_stream() {
+        let mut streams = Streams::default();
+        let pipes = streams.expect(ProcessId(1), None, true).unwrap();
+        assert!(matches!(pipes, StandardStreams::Pipes { stdin: None, stdout: Some(_), stderr: Some(_) }));
+        let pipes = streams.expect(ProcessId(2), None, false).unwrap();
+        assert!(matches!(pipes, StandardStreams::Pipes { stdin: Some(_), .. }));
     }
 
     #[test]
