@@ -56,16 +56,14 @@ fn detached(context: &Context, arguments: &RunArguments, bundle: Bundle) -> Resu
     let socket = arguments.create.console_socket.clone();
     let terminal = socket.map_or(TerminalUse::Nowhere, TerminalUse::Socket);
     let created = create_from(context, &arguments.create, bundle, terminal, None)?;
-    start_or_delete(context, &created.container)?;
+    start::start(&created.container).inspect_err(|_| discard(context, &created.container))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn start_or_delete(context: &Context, container: &Container) -> Result<(), Error> {
-    start::start(container).map_err(|error| {
-        let _ = delete::kill(container);
-        let _ = delete::remove(container, &context.log);
-        error.into()
-    })
+/// Takes back a container that is locked by this command. The error that led here is the one to be told.
+fn discard(context: &Context, container: &Container) {
+    let _ = delete::kill(container);
+    let _ = delete::remove(container, &context.log);
 }
 
 /// A run in the foreground.
@@ -92,14 +90,20 @@ impl Foreground<'_> {
         let session = master.map(Session::begin).transpose();
         let started = session
             .map_err(Error::system("cannot copy to and from the terminal"))
-            .and_then(|session| start_or_delete(self.context, &container).map(|()| session));
+            .and_then(|session| Ok(start::start(&container).map(|()| session)?));
+        let session = started.inspect_err(|_| {
+            discard(self.context, &container);
+            monitor.kill();
+        })?;
         drop(lock);
-        let session = started.inspect_err(|_| monitor.kill())?;
 
         if let Some(handle) = container.record.monitor.and_then(ProcessIdentity::open) {
             forward(&handle, &mut signals, session.as_ref());
         }
-        let status = monitor.wait().map_err(Error::system("cannot wait for the container"))?;
+        let status =
+            monitor.wait().map_err(Error::system("cannot wait for the container")).inspect_err(|_| {
+                let _ = delete::delete(&self.context.root, container.id(), true, &self.context.log);
+            })?;
         if let Some(session) = session {
             session.finish();
         }
@@ -112,7 +116,11 @@ impl Foreground<'_> {
         let failure = container.last_words();
         let timeline: Option<Timeline> = container.folder().read_json(folder::TIMELINE).ok().flatten();
         if !self.arguments.keep {
-            delete::delete(&self.context.root, container.id(), true, &self.context.log)?;
+            let deleted = delete::delete(&self.context.root, container.id(), true, &self.context.log);
+            if let Err(error) = deleted {
+                // The exit code is what the caller waits for.
+                self.context.log.warning(format!("the container has ended, but cannot be deleted: {error}"));
+            }
         }
         if let Some(timeline) = timeline.filter(|_| self.arguments.timeline) {
             eprint!("{}", timeline.to_table());
