@@ -13,6 +13,7 @@ pub mod container;
 pub mod control;
 pub mod error;
 pub mod features;
+mod foreign;
 pub mod hooks;
 pub mod install;
 pub mod logging;

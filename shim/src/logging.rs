@@ -93,6 +93,11 @@ impl Log {
         self.held_back.borrow_mut().push((Level::Warning, message.into()));
     }
 
+    /// The same where no end of a command is waited for.
+    pub fn warning_now(&self, message: &str) {
+        self.write(Level::Warning, message);
+    }
+
     /// Something for those who look for a fault; only kept with `--debug`.
     pub fn debug(&self, message: impl Into<String>) {
         if self.debug {

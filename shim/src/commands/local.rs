@@ -86,23 +86,11 @@ pub(super) fn run(context: &Context, arguments: DoArguments) -> Result<ExitCode,
         timeline,
     };
     match (Foreground { context, arguments: &run, lower: Some(lower) }).run(bundle) {
-        Err(Error::Start(StartError::Refused(words))) => {
-            context.log.error(&words);
-            Ok(ExitCode::from(shell_code(&words)))
+        Err(Error::Start(StartError::Refused(refusal))) => {
+            context.log.error(&refusal.words);
+            Ok(ExitCode::from(refusal.kind.shell_code().unwrap_or(FAILURE)))
         }
         result => result,
-    }
-}
-
-/// What a shell would end with when a program cannot be executed.
-fn shell_code(words: &str) -> u8 {
-    let words = words.to_ascii_lowercase();
-    if words.contains("not found in $path") || words.contains("no such file") {
-        127
-    } else if words.contains("permission denied") {
-        126
-    } else {
-        FAILURE
     }
 }
 

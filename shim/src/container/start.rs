@@ -10,7 +10,7 @@ use rvm_protocol::NetworkConfig;
 
 use super::{Container, ContainerError, Status, folder};
 use crate::cause::Cause;
-use crate::control::{Command, Connection, ControlError};
+use crate::control::{Command, Connection, ControlError, Refusal};
 use crate::hooks::{self, HookError, HookKind};
 use crate::network::{self, Connected, NetworkError};
 
@@ -40,7 +40,7 @@ pub enum StartError {
     Network(#[from] NetworkError),
     /// The guest refused. Its words are the user's: engines derive exit statuses from them.
     #[error("{0}")]
-    Refused(String),
+    Refused(Refusal),
     /// A hook failed, and the container was killed.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -82,7 +82,7 @@ fn ask(container: &Container, connection: &Connection, connected: Connected) -> 
     let network = NetworkConfig { interfaces, routes: connected.routes, neighbours: connected.neighbours };
     let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
     connection.order(&Command::Start { network }, &taps).map_err(|error| match error {
-        ControlError::Refused(words) => StartError::Refused(words),
+        ControlError::Refused(refusal) => StartError::Refused(refusal),
         error => container.conversation_failed(error).into(),
     })
 }

@@ -6,6 +6,7 @@
 //! version to agree on.
 
 pub mod packet;
+pub mod refusal;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -16,6 +17,7 @@ use rvm_protocol::{ExitStatus, GuestProcess, NetworkConfig};
 use serde::{Deserialize, Serialize};
 
 pub use packet::{Packet, receive, send};
+pub use refusal::{Refusal, RefusalKind};
 
 use crate::cause::Cause;
 
@@ -82,8 +84,8 @@ pub struct WindowSize {
 pub enum Answer {
     /// Done.
     Done,
-    /// Not done; the text says why, in words for the user.
-    Refused(String),
+    /// Not done, and why.
+    Refused(Refusal),
     /// The process of an [`Exec`] runs.
     Started,
     /// The process of an [`Exec`] has ended, and what it wrote is in its streams.
@@ -97,7 +99,7 @@ pub enum Answer {
 pub enum ControlError {
     /// The monitor refused, in its words.
     #[error("{0}")]
-    Refused(String),
+    Refused(Refusal),
     /// The other end closed the connection.
     #[error("the connection was closed")]
     Closed,
@@ -146,7 +148,7 @@ impl Connection {
     pub fn receive(&self) -> Result<Packet<Answer>, ControlError> {
         match receive::<Answer>(&self.socket)? {
             None => Err(ControlError::Closed),
-            Some(Packet { message: Answer::Refused(words), .. }) => Err(ControlError::Refused(words)),
+            Some(Packet { message: Answer::Refused(refusal), .. }) => Err(ControlError::Refused(refusal)),
             Some(packet) => Ok(packet),
         }
     }

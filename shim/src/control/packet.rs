@@ -154,9 +154,9 @@ mod tests {
         for size in [0, 1, MAX_INLINE - 8, MAX_INLINE, MAX_INLINE + 1, 1 << 20] {
             let (ours, theirs) = pair();
             let text = "x".repeat(size);
-            send(&ours, &Answer::Refused(text.clone()), &[ours.as_fd()]).unwrap();
+            send(&ours, &Answer::Refused(text.as_str().into()), &[ours.as_fd()]).unwrap();
             let packet = receive::<Answer>(&theirs).unwrap().unwrap();
-            assert!(matches!(packet.message, Answer::Refused(got) if got == text));
+            assert!(matches!(packet.message, Answer::Refused(got) if got.words == text));
             assert_eq!(packet.descriptors.len(), 1, "the memfd is not among them");
         }
     }
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn a_message_that_is_too_long_is_refused_by_both_ends() {
         let (ours, theirs) = pair();
-        let error = send(&ours, &Answer::Refused("x".repeat(MAX_MESSAGE + 1)), &[]).unwrap_err();
+        let error = send(&ours, &Answer::Refused("x".repeat(MAX_MESSAGE + 1).into()), &[]).unwrap_err();
         assert!(matches!(error, ControlError::TooLarge));
 
         let hostile = tempfile::tempfile().unwrap();

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 use nix::poll::PollFlags;
 use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame};
 
+use crate::foreign::tame_message;
+
 const READ_SIZE: usize = 64 << 10;
 
 /// Why the connection is of no more use.
@@ -106,7 +108,7 @@ impl Agent {
         let mut messages = Vec::new();
         while let Some(message) = self.incoming.next_message()? {
             self.check_order(&message)?;
-            messages.push(message);
+            messages.push(tame_message(message));
         }
         self.flush()?;
         Ok(messages)

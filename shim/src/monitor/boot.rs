@@ -13,6 +13,7 @@ use rvm_vmm::virtio::vsock::{VsockDevice, VsockListener};
 
 use super::{MonitorError, initramfs};
 use crate::container::shape::Shape;
+use crate::foreign::tame;
 use crate::timeline::{Phase, Timeline};
 
 /// The slots of the devices that every machine has.
@@ -107,9 +108,8 @@ pub fn post_mortem(machine: &Machine) -> String {
 
 /// The last lines that say something. The console's bytes are the guest's, so control characters go.
 fn last_lines(console: &str) -> String {
-    let clean =
-        |line: &str| line.chars().filter(|char| !char.is_control()).collect::<String>().trim().to_owned();
-    let lines: Vec<_> = console.lines().map(clean).filter(|line| !line.is_empty()).collect();
+    let lines: Vec<_> =
+        console.lines().map(|line| tame(line).trim().to_owned()).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(LAST_LINES)..].join(" | ")
 }
 

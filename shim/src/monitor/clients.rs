@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt};
 use rvm_protocol::ProcessId;
 
-use crate::control::{Answer, Command, Packet, receive, send};
+use crate::control::{Answer, Command, Packet, Refusal, receive, send};
 
 /// The most connections at a time: one stays open for each `exec`.
 const MAX_CLIENTS: usize = 4096;
@@ -88,7 +88,7 @@ impl Clients {
     }
 
     /// Refuses what a client asked, and says why.
-    pub fn refuse(&self, id: ClientId, why: impl Into<String>) {
+    pub fn refuse(&self, id: ClientId, why: impl Into<Refusal>) {
         self.answer(id, &Answer::Refused(why.into()), &[]);
     }
 

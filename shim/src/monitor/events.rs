@@ -10,7 +10,7 @@ use super::commands::{NOT_STARTED, Pending, in_order};
 use super::execution::Progress;
 use super::service::{DRAIN_PATIENCE, Deadline, Outcome, STREAMS_PATIENCE, Service};
 use crate::container::{Step, folder};
-use crate::control::Answer;
+use crate::control::{Answer, RefusalKind};
 use crate::timeline::Phase;
 
 impl Service {
@@ -31,8 +31,7 @@ impl Service {
                 self.accept_streams();
                 self.on_exit(process, status);
             }
-            // Engines learn of it from the cgroup of the host, or from the exit status.
-            FromAgent::OutOfMemory => {}
+            FromAgent::OutOfMemory => self.on_out_of_memory(),
         }
     }
 
@@ -51,7 +50,7 @@ impl Service {
             }
             (Pending::List(client), Ok(reply)) => self.on_list(client, reply),
             (Pending::Signal(client) | Pending::Simple(client) | Pending::List(client), Err(error)) => {
-                self.clients.refuse(client, error.message);
+                self.clients.refuse(client, error);
             }
             (Pending::Nobody, _) => {}
         }
@@ -79,10 +78,11 @@ impl Service {
                 }
             }
             Err(error) => {
+                let code = RefusalKind::from(error.kind).shell_code().map_or(NOT_STARTED, i32::from);
                 if let Some(client) = starter {
-                    self.clients.refuse(client, error.message);
+                    self.clients.refuse(client, error);
                 }
-                self.outcome.get_or_insert(Outcome::NotStarted(shell_code(error.kind)));
+                self.outcome.get_or_insert(Outcome::NotStarted(code));
             }
         }
     }
@@ -104,7 +104,7 @@ impl Service {
             Err(error) => {
                 self.executions.remove(&process);
                 self.streams.forget(process);
-                self.clients.refuse(client, error.message);
+                self.clients.refuse(client, error);
             }
         }
     }
@@ -167,14 +167,5 @@ impl Service {
         } else {
             self.announce(process);
         }
-    }
-}
-
-/// The exit code of a container whose program could not be executed, as a shell would report it.
-fn shell_code(kind: AgentErrorKind) -> i32 {
-    match kind {
-        AgentErrorKind::NotFound => 127,
-        AgentErrorKind::NotExecutable => 126,
-        AgentErrorKind::NoSuchProcess | AgentErrorKind::Other => NOT_STARTED,
     }
 }

@@ -130,8 +130,6 @@ struct Inherited {
 pub fn run() -> Result<(), MonitorError> {
     let socket = reexec::inherited_socket().map_err(|_| MonitorError::NotStartedByCreate)?;
     let (setup, inherited) = receive_setup(&socket)?;
-    let log =
-        Log::to_file(inherited.log.as_ref().and_then(|log| log.try_clone().ok()), setup.log_format, false);
     let mut service = match prepare(&socket, setup, inherited) {
         Ok(service) => service,
         Err(error) => {
@@ -145,7 +143,7 @@ pub fn run() -> Result<(), MonitorError> {
         Outcome::Ended(status) => signals::exit_as(status),
         Outcome::NotStarted(code) => signals::end(code),
         Outcome::Failed(words) => {
-            log.error_to_log(&words);
+            service.log_failure(&words);
             signals::exit_as(ExitStatus::Code(FAILED as u8));
         }
     }
@@ -172,10 +170,11 @@ fn receive_setup(socket: &OwnedFd) -> Result<(Box<Setup>, Inherited), MonitorErr
 /// Everything up to the moment when the container counts as created.
 fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<Service, MonitorError> {
     let mut setup = setup;
-    let Inherited { folder, listener, kernel, agent, log: _log } = inherited;
+    let Inherited { folder, listener, kernel, agent, log } = inherited;
     setup.timeline.mark(Phase::MonitorUp);
     setup::detach(setup.terminal.is_some())
         .map_err(MonitorError::system("cannot detach from 'rvm create'"))?;
+    let log = Log::to_file(log, setup.log_format, false);
     let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 
@@ -211,6 +210,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let booting = built.start(&mut setup.timeline)?;
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
+    service.log_to(log);
     send(socket, &FromMonitor::Ready, &[])?;
     Ok(service)
 }

@@ -24,6 +24,7 @@ use super::streams::Streams;
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
 use crate::control::Answer;
+use crate::logging::Log;
 use crate::signals::Signals;
 use crate::timeline::Phase;
 
@@ -96,6 +97,9 @@ pub struct Service {
     machine_ended: bool,
     /// Where commands read the step.
     step_file: File,
+    log: Log,
+    /// Whether it was said that the guest was out of memory.
+    out_of_memory: bool,
     /// The conversation with the command that this container ends with, if it does.
     tie: Option<OwnedFd>,
 }
@@ -149,7 +153,19 @@ impl Service {
             machine_ended: false,
             step_file,
             tie: None,
+            log: Log::default(),
+            out_of_memory: false,
         }
+    }
+
+    /// Writes what happens to a log.
+    pub fn log_to(&mut self, log: Log) {
+        self.log = log;
+    }
+
+    /// Writes the error that has ended the container to the log.
+    pub fn log_failure(&self, words: &str) {
+        self.log.error_to_log(words);
     }
 
     /// Ends the container when the other end of a conversation closes.
@@ -312,6 +328,16 @@ impl Service {
                 Deadline::Drain => self.outcome = self.init.status().map(Outcome::Ended),
                 Deadline::Streams(process) => self.give_up(process),
             }
+        }
+    }
+
+    /// Engines learn of it from the exit status; whoever looks for the reason, from the log. It is said once: a
+    /// guest could fill the log.
+    pub(super) fn on_out_of_memory(&mut self) {
+        if !std::mem::replace(&mut self.out_of_memory, true) {
+            self.log.warning_now(
+                "the guest's kernel killed a process of the container, which was over its memory limit",
+            );
         }
     }
 
