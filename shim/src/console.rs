@@ -41,20 +41,19 @@ impl Console {
     /// answer is waited for.
     pub fn send_master(&self, socket: &Path) -> Result<(), Error> {
         let failed = || format!("cannot send the terminal to the console socket {}", socket.display());
-        let stream = connect(socket).map_err(Error::system(failed()))?;
         let name = nix::unistd::ttyname(&self.slave).map_err(Error::system(failed()))?;
-        let fds = [self.master.as_raw_fd()];
-        let name = name.as_os_str().as_encoded_bytes();
-        sendmsg::<()>(
-            stream.as_raw_fd(),
-            &[IoSlice::new(name)],
-            &[ControlMessage::ScmRights(&fds)],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )
-        .map_err(Error::system(failed()))?;
-        Ok(())
+        send_descriptor(socket, name.as_os_str().as_encoded_bytes(), self.master.as_fd())
+            .map_err(Error::system(failed()))
     }
+}
+
+/// Sends a descriptor with its name to an engine's socket.
+pub fn send_descriptor(socket: &Path, name: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
+    let stream = connect(socket)?;
+    let fds = [descriptor.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(name)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }
 
 /// Connects to a socket whose path may be longer than an address holds, by way of its folder.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Hook;
 
 use crate::cause::Cause;
+use crate::container::liveness::pidfd_open;
 
 /// The most that is kept of what a hook writes to its standard error.
 const MAX_STDERR: usize = 64 << 10;
@@ -169,7 +170,7 @@ fn attend(
     limit: Option<Duration>,
 ) -> io::Result<(Option<ExitStatus>, Vec<u8>)> {
     let deadline = limit.map(|limit| Instant::now() + limit);
-    let ended = pidfd(child)?;
+    let ended = pidfd_open(child.id().cast_signed())?;
     let mut stdin = Input { pipe: child.stdin.take(), rest: state };
     let mut stderr = Output { pipe: child.stderr.take(), bytes: Vec::new() };
     stdin.prepare()?;
@@ -274,16 +275,6 @@ fn unblock(pipe: BorrowedFd<'_>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(pipe, FcntlArg::F_GETFL)?);
     fcntl(pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
-}
-
-fn pidfd(child: &Child) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open(2) takes two integers and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us, and it fits an i32 as all descriptors do.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Kills and reaps the hook; one that has ended meanwhile is only reaped.

@@ -10,8 +10,8 @@ use oci_spec::runtime::{
     get_default_readonly_paths,
 };
 
-/// Version of the OCI runtime spec that descriptions are written in.
-pub const OCI_VERSION: &str = "1.2.0";
+/// Version of the OCI runtime specification that rvm follows, in what it reads and in what it writes.
+pub const OCI_VERSION: &str = "1.2.1";
 
 /// The description; with `rootless`, the container's root is the calling user.
 pub fn default_spec(rootless: bool) -> Spec {

@@ -193,6 +193,16 @@ fn a_usage_error_ends_with_the_commands_own_code() {
 }
 
 #[test]
+fn a_usage_error_is_one_line_of_the_log() {
+    let sandbox = Sandbox::new();
+    sandbox.rvm(&["create", "--no-such-flag", "c"]);
+    let text = fs::read_to_string(sandbox.path("log.json")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(line["level"], "error");
+    assert_eq!(line["msg"], "unexpected argument '--no-such-flag' found");
+}
+
+#[test]
 fn an_unknown_signal_is_named() {
     let sandbox = Sandbox::new();
     assert_eq!(sandbox.refused(1, &["kill", "c", "NOSUCH"]), "unknown signal \"NOSUCH\"");

@@ -37,8 +37,8 @@ pub(super) struct CreateArguments {
     /// Where to write the process id of the container's monitor
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Not supported
-    #[arg(long, value_name = "SOCKET", hide = true)]
+    /// A unix socket to which a pidfd of the container's monitor is sent
+    #[arg(long, value_name = "SOCKET")]
     pub pidfd_socket: Option<PathBuf>,
     /// Accepted for compatibility, without effect
     #[arg(long, hide = true)]
@@ -92,9 +92,6 @@ pub(super) fn create_from(
     lower: Option<PathBuf>,
 ) -> Result<Created, Error> {
     refuse_descriptors(arguments.preserve_fds)?;
-    if arguments.pidfd_socket.is_some() {
-        return Err(Error::Usage("--pidfd-socket is not supported: use --pid-file".into()));
-    }
     let this = ProcessIdentity::of(std::process::id().cast_signed())
         .map_err(Error::system("cannot read about this process in /proc"))?;
     let id = arguments.id.parse().map_err(ContainerError::from)?;
@@ -108,6 +105,7 @@ pub(super) fn create_from(
         bundle,
         terminal,
         pid_file: arguments.pid_file.as_deref(),
+        pidfd_socket: arguments.pidfd_socket.as_deref(),
         systemd_cgroup: context.systemd_cgroup,
         kernel: kernel.as_deref(),
         throw_away: lower.is_some().then_some(this),

@@ -9,24 +9,26 @@ mod process;
 mod run;
 mod stub;
 mod update;
+mod usage;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{EXEC_FAILURE, Error, FAILURE};
 use crate::logging::{Log, LogFormat};
 use crate::monitor;
+use crate::spec::OCI_VERSION;
 use crate::timeline::Timeline;
 
-const VERSION: &str = concat!(
-    "version ",
-    env!("CARGO_PKG_VERSION"),
-    "\nspec: ",
-    "1.2.0", // as crate::spec::OCI_VERSION
-);
+/// What follows the program's name, in the form that engines parse.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let (version, commit) = (env!("CARGO_PKG_VERSION"), env!("RVM_COMMIT"));
+    format!("version {version}\ncommit: {commit}\nspec: {OCI_VERSION}")
+});
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,7 +44,7 @@ With an engine:
 
 /// An OCI runtime that boots every container in a microVM of its own.
 #[derive(Debug, Parser)]
-#[command(name = "rvm", version = VERSION, after_help = EXAMPLES)]
+#[command(name = "rvm", version = VERSION.as_str(), after_help = EXAMPLES)]
 struct Arguments {
     #[command(flatten)]
     globals: Globals,
@@ -132,9 +134,10 @@ pub fn main() -> ExitCode {
         Some(first) if first == stub::SUBCOMMAND => return stay(stub::run()),
         _ => {}
     }
-    match Arguments::try_parse_from(std::env::args_os()) {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    match Arguments::try_parse_from(&words) {
         Ok(arguments) => execute(arguments, timeline),
-        Err(error) => refuse(&error),
+        Err(error) => usage::refuse(&error, &words),
     }
 }
 
@@ -144,17 +147,6 @@ fn stay<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
         eprintln!("error: {error}");
     }
     ExitCode::from(FAILURE)
-}
-
-/// Help and version are no failure; all else ends as any failed command does, since engines take the exit status 2
-/// for that of a program.
-fn refuse(error: &clap::Error) -> ExitCode {
-    let _ = error.print();
-    if error.exit_code() == 0 {
-        return ExitCode::SUCCESS;
-    }
-    let is_exec = std::env::args_os().any(|argument| argument == "exec");
-    ExitCode::from(if is_exec { EXEC_FAILURE } else { FAILURE })
 }
 
 fn execute(arguments: Arguments, timeline: Timeline) -> ExitCode {

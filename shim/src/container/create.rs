@@ -11,12 +11,13 @@ use oci_spec::runtime::{Hook, Hooks, Spec};
 
 use super::folder;
 use super::launch::{Launch, LaunchError, MonitorProcess};
+use super::liveness::pidfd_open;
 use super::shape::{HostSize, Shape};
 use super::{Container, ContainerError, ContainerId, Folder, Lock, ProcessIdentity, Record, Status};
 use crate::bundle::{Bundle, NetworkNamespace};
 use crate::cause::Cause;
 use crate::cgroup::{CgroupError, HostCgroup};
-use crate::console::Console;
+use crate::console::{Console, send_descriptor};
 use crate::control::WindowSize;
 use crate::error::Error;
 use crate::hooks::{self, HookError, HookKind};
@@ -84,6 +85,8 @@ pub struct CreateRequest<'a> {
     pub terminal: TerminalUse,
     /// Where to write the monitor's process id.
     pub pid_file: Option<&'a Path>,
+    /// Where to send a pidfd of the monitor.
+    pub pidfd_socket: Option<&'a Path>,
     /// Whether systemd makes the cgroup.
     pub systemd_cgroup: bool,
     /// A kernel of the user's own.
@@ -210,6 +213,12 @@ fn finish(
                 source: io::Error::from(io::ErrorKind::Other).into(),
             },
         })?;
+    }
+    if let Some(socket) = request.pidfd_socket {
+        let failed = format!("cannot send a pidfd to {}", socket.display());
+        pidfd_open(monitor.pid)
+            .and_then(|pidfd| send_descriptor(socket, b"pidfd", pidfd.as_fd()))
+            .map_err(system(failed))?;
     }
     if let Some(path) = request.pid_file {
         write_pid_file(path, monitor.pid)

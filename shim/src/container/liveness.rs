@@ -34,13 +34,7 @@ impl ProcessIdentity {
 
     /// A handle that stays with this very process; none when it has ended.
     pub fn open(self) -> Option<ProcessHandle> {
-        // SAFETY: pidfd_open takes a pid and flags, and touches no memory of ours.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        if fd < 0 {
-            return None;
-        }
-        // SAFETY: the kernel returned a new descriptor that nothing else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let fd = pidfd_open(self.pid).ok()?;
         // Asked after the handle was made: if the process is the right one now, the handle is its.
         self.is_alive().then_some(ProcessHandle { fd })
     }
@@ -89,6 +83,17 @@ impl AsFd for ProcessHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A descriptor of a process (pidfd_open(2)): readable when it has ended.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: it takes a pid and flags, and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel returned a new descriptor that nothing else owns, and it fits an i32 as all do.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 fn read_stat(pid: i32) -> io::Result<(char, u64)> {

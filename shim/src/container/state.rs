@@ -14,9 +14,7 @@ use super::ContainerId;
 use super::liveness::ProcessIdentity;
 use super::shape::Shape;
 use crate::cgroup::HostCgroup;
-
-/// Version of the OCI runtime specification that states follow.
-pub const OCI_VERSION: &str = "1.2.1";
+use crate::spec::OCI_VERSION;
 
 /// What `create` recorded. It changes no more once the container is created.
 #[derive(Clone, Debug, Serialize, Deserialize)]
