@@ -2,6 +2,7 @@
 //!
 //! Engines read the *last* error of the log, and some want the log to hold one object only when a command fails.
 //! Warnings are therefore held back until the command has succeeded. Without a log they go to standard error.
+//! With `--debug`, which those engines do not give together with a log, details are written as they come.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -98,21 +99,31 @@ impl Log {
         self.write(Level::Warning, message);
     }
 
-    /// Something for those who look for a fault; only kept with `--debug`.
-    pub fn debug(&self, message: impl Into<String>) {
+    /// Something for those who look for a fault, with `--debug` only. It is not held back: it is wanted most when
+    /// the command fails.
+    pub fn debug(&self, message: impl AsRef<str>) {
         if self.debug {
-            self.held_back.borrow_mut().push((Level::Debug, message.into()));
+            self.tell(Level::Debug, message.as_ref());
         }
+    }
+
+    /// Whether details are logged.
+    pub fn is_debug(&self) -> bool {
+        self.debug
     }
 
     /// Writes the messages that were held back: the command has succeeded.
     pub fn flush(&self) {
         for (level, message) in self.held_back.take() {
-            if self.file.is_some() {
-                self.write(level, &message);
-            } else {
-                let _ = writeln!(io::stderr(), "{}: {}", level.name(), one_line(&message));
-            }
+            self.tell(level, &message);
+        }
+    }
+
+    fn tell(&self, level: Level, message: &str) {
+        if self.file.is_some() {
+            self.write(level, message);
+        } else {
+            let _ = writeln!(io::stderr(), "{}: {}", level.name(), one_line(message));
         }
     }
 
@@ -181,7 +192,7 @@ mod tests {
     fn a_failed_command_leaves_one_object() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log.json");
-        let log = Log::open(Some(&path), LogFormat::Json, true).unwrap();
+        let log = Log::open(Some(&path), LogFormat::Json, false).unwrap();
         log.warning("a warning");
         log.debug("a detail");
         log.error_to_log("the error");
@@ -189,6 +200,21 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         let object: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(object["msg"], "the error");
+    }
+
+    #[test]
+    fn details_stay_in_the_log_of_a_command_that_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.json");
+        let log = Log::open(Some(&path), LogFormat::Json, true).unwrap();
+        log.debug("a detail");
+        log.warning("a warning");
+        log.error_to_log("the error");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let told: Vec<_> = lines.iter().map(|line| (line["level"].as_str(), line["msg"].as_str())).collect();
+        assert_eq!(told, [(Some("debug"), Some("a detail")), (Some("error"), Some("the error"))]);
     }
 
     #[test]

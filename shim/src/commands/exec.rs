@@ -149,8 +149,5 @@ impl Execution {
 }
 
 fn asked_size(process: &Process) -> WindowSize {
-    let clamp = |number: u64| u16::try_from(number).unwrap_or(u16::MAX);
-    let size = process.console_size();
-    size.map(|size| WindowSize { rows: clamp(size.height()), columns: clamp(size.width()) })
-        .unwrap_or_default()
+    process.console_size().map(|size| WindowSize::from(&size)).unwrap_or_default()
 }

@@ -121,7 +121,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Error> {
 
 pub(super) fn start(context: &Context, arguments: &IdArgument) -> Result<(), Error> {
     let (container, _lock) = Container::open_locked(&context.root, &arguments.id)?;
-    Ok(starting::start(&container)?)
+    Ok(starting::start(&container, &context.log)?)
 }
 
 pub(super) fn kill(context: &Context, arguments: &KillArguments) -> Result<(), Error> {

@@ -56,7 +56,7 @@ fn detached(context: &Context, arguments: &RunArguments, bundle: Bundle) -> Resu
     let socket = arguments.create.console_socket.clone();
     let terminal = socket.map_or(TerminalUse::Nowhere, TerminalUse::Socket);
     let created = create_from(context, &arguments.create, bundle, terminal, None)?;
-    start::start(&created.container).inspect_err(|_| discard(context, &created.container))?;
+    start::start(&created.container, &context.log).inspect_err(|_| discard(context, &created.container))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -90,7 +90,7 @@ impl Foreground<'_> {
         let session = master.map(Session::begin).transpose();
         let started = session
             .map_err(Error::system("cannot copy to and from the terminal"))
-            .and_then(|session| Ok(start::start(&container).map(|()| session)?));
+            .and_then(|session| Ok(start::start(&container, &self.context.log).map(|()| session)?));
         let session = started.inspect_err(|_| {
             discard(self.context, &container);
             monitor.kill();

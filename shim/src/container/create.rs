@@ -124,6 +124,14 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     let filter = seccomp.map(seccomp::compile).transpose()?.flatten();
     let shape = Shape::of(spec, HostSize::read());
 
+    request.log.debug(format!(
+        "{}: {} vCPUs and {} MiB of memory over {}",
+        request.id,
+        shape.vcpus,
+        shape.memory >> 20,
+        request.bundle.rootfs.display()
+    ));
+
     let folder = new_folder(request.root, request.id)?;
     let mut undo = Undo::default();
     undo.folder = Some(folder);
@@ -137,11 +145,13 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     save(&undo, &record)?;
     cgroup.make(spec)?;
     undo.cgroup = Some(cgroup.clone());
+    request.log.debug(format!("{}: the host's cgroup is {:?}", request.id, cgroup.paths()));
 
     let console = size.map(Console::open).transpose().map_err(system("cannot make a terminal"))?;
     let launch = Launch { id: request.id, slave: console.as_ref().map(|console| console.slave.as_fd()) };
     let monitor = undo.monitor.insert(launch.spawn()?);
     cgroup.add(monitor.pid().cast_unsigned())?;
+    request.log.debug(format!("{}: the monitor is process {}", request.id, monitor.pid()));
     let identity = ProcessIdentity::of(monitor.pid()).map_err(system("the monitor has ended"))?;
     record.monitor = Some(identity);
     let hook_state = record.report(Status::Creating).to_json();
@@ -159,6 +169,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         shape,
         hook_state: hook_state.clone(),
         log_format: request.log.format(),
+        debug: request.log.is_debug(),
         tied: request.throw_away.is_some(),
         timeline: request.timeline.clone(),
     };
@@ -169,6 +180,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     monitor.send(&ToMonitor::Setup(Box::new(setup)), &descriptors)?;
     save(&undo, &record)?;
     proceed(&mut undo, spec, &hook_state)?;
+    request.log.debug(format!("{}: created; its machine boots", request.id));
 
     finish(&request, console.as_ref(), identity)?;
     let Some((folder, lock, monitor)) = undo.disarm() else {
@@ -253,10 +265,7 @@ fn terminal_size(spec: &Spec, wanted: &TerminalUse) -> Result<Option<WindowSize>
             _ => Ok(None),
         };
     }
-    let asked = process.and_then(|process| process.console_size()).map(|size| WindowSize {
-        rows: size.height().try_into().unwrap_or(u16::MAX),
-        columns: size.width().try_into().unwrap_or(u16::MAX),
-    });
+    let asked = process.and_then(|process| process.console_size()).map(|size| WindowSize::from(&size));
     match wanted {
         TerminalUse::Nowhere => {
             Err(CreateError::Terminal("the container's process has a terminal: give a --console-socket"))

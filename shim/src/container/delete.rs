@@ -46,6 +46,7 @@ pub fn delete_locked(container: &Container, force: bool, log: &Log) -> Result<()
 
 /// Removes what is left of a container whose monitor has ended.
 pub fn remove(container: &Container, log: &Log) -> Result<(), ContainerError> {
+    log.debug(format!("{}: removing what it had", container.id()));
     disconnect_network(container, log);
     if let Some(cgroup) = &container.record.cgroup {
         // Stubs of `exec` are still in there.

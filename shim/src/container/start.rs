@@ -12,6 +12,7 @@ use super::{Container, ContainerError, Status, folder};
 use crate::cause::Cause;
 use crate::control::{Command, Connection, ControlError, Refusal};
 use crate::hooks::{self, HookError, HookKind};
+use crate::logging::Log;
 use crate::network::{self, Connected, NetworkError};
 
 /// Why a container could not be started.
@@ -47,7 +48,7 @@ pub enum StartError {
 }
 
 /// Starts a created container that this command has locked.
-pub fn start(container: &Container) -> Result<(), StartError> {
+pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
     match container.status() {
         Status::Created => {}
         Status::Running | Status::Paused => return Err(StartError::Running),
@@ -57,6 +58,9 @@ pub fn start(container: &Container) -> Result<(), StartError> {
     }
     let connection = container.connect()?;
     let connected = connect_network(container)?;
+    for (interface, _) in &connected.interfaces {
+        log.debug(format!("{}: connected {} ({:?})", container.id(), interface.name, interface.addresses));
+    }
     ask(container, &connection, connected)?;
     let state = container.record.report(Status::Running).to_json();
     hooks::run(HookKind::Poststart, &container.record.poststart, &state).inspect_err(|_| {

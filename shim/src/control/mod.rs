@@ -59,6 +59,23 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// What it asks for, in a word or two for the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Start { .. } => "start",
+            Command::Signal { .. } => "signal",
+            Command::Exec(_) => "execute a process",
+            Command::SignalExec { .. } => "signal an executed process",
+            Command::ResizeExec(_) => "resize an executed process's terminal",
+            Command::Processes => "list processes",
+            Command::Pause => "pause",
+            Command::Resume => "resume",
+            Command::Update { .. } => "update limits",
+        }
+    }
+}
+
 /// A further process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exec {
@@ -77,6 +94,14 @@ pub struct WindowSize {
     pub rows: u16,
     /// Width.
     pub columns: u16,
+}
+
+impl From<&oci_spec::runtime::Box> for WindowSize {
+    /// What a description asks for; no terminal is larger than the kernel's numbers can say.
+    fn from(size: &oci_spec::runtime::Box) -> Self {
+        let clamp = |number: u64| u16::try_from(number).unwrap_or(u16::MAX);
+        WindowSize { rows: clamp(size.height()), columns: clamp(size.width()) }
+    }
 }
 
 /// What the monitor answers.

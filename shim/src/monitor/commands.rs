@@ -41,6 +41,7 @@ pub(super) enum Pending {
 
 impl Service {
     pub(super) fn on_command(&mut self, client: ClientId, packet: Packet<Command>) {
+        self.log.debug(format!("{}: asked to {}", self.setup.id, packet.message.name()));
         let done = match packet.message {
             Command::Start { network } => self.on_start(client, network, packet.descriptors),
             Command::Signal { signal, all } => self.on_signal_command(client, signal, all),

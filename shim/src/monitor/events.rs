@@ -16,7 +16,8 @@ use crate::timeline::Phase;
 impl Service {
     pub(super) fn on_message(&mut self, message: FromAgent) {
         match message {
-            FromAgent::Ready { .. } => {
+            FromAgent::Ready { kernel, .. } => {
+                self.log.debug(format!("{}: the agent is up on Linux {kernel}", self.setup.id));
                 self.deadlines.remove(&Deadline::Boot);
                 self.setup.timeline.mark(Phase::AgentUp);
             }
@@ -72,6 +73,7 @@ impl Service {
         match result {
             Ok(()) => {
                 self.setup.timeline.mark(Phase::ContainerExec);
+                self.log.debug(format!("{}: the container's process runs", self.setup.id));
                 let _ = self.folder.write_json(folder::TIMELINE, &self.setup.timeline);
                 if let Some(client) = starter {
                     self.clients.answer(client, &Answer::Done, &[]);
@@ -148,6 +150,7 @@ impl Service {
     fn on_exit(&mut self, process: ProcessId, status: ExitStatus) {
         if process == ProcessId::INIT {
             if self.start_asked {
+                self.log.debug(format!("{}: the container's process has ended: {status:?}", self.setup.id));
                 self.init.set_status(status);
                 if self.deadlines.remove(&Deadline::Kill).is_some() {
                     // Whoever kills a container does not wait for the reader of its output.

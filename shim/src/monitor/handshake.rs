@@ -67,6 +67,8 @@ pub struct Setup {
     pub hook_state: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Whether details are logged.
+    pub debug: bool,
     /// Whether the container ends when `create`'s end of the conversation closes.
     pub tied: bool,
     /// What has passed so far.

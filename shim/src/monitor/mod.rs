@@ -174,7 +174,9 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     setup.timeline.mark(Phase::MonitorUp);
     setup::detach(setup.terminal.is_some())
         .map_err(MonitorError::system("cannot detach from 'rvm create'"))?;
-    let log = Log::to_file(log, setup.log_format, false);
+    // Without a file the log would be the container's standard error.
+    let debug = setup.debug && log.is_some();
+    let log = Log::to_file(log, setup.log_format, debug);
     let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 

@@ -97,7 +97,7 @@ pub struct Service {
     machine_ended: bool,
     /// Where commands read the step.
     step_file: File,
-    log: Log,
+    pub(super) log: Log,
     /// Whether it was said that the guest was out of memory.
     out_of_memory: bool,
     /// The conversation with the command that this container ends with, if it does.
@@ -363,6 +363,7 @@ impl Service {
     /// Tells those who wait how it ended, and leaves what the commands read after this process's end.
     fn conclude(&mut self, outcome: &Outcome) {
         self.setup.timeline.mark(Phase::Exit);
+        self.log.debug(format!("{}: it is over: {outcome:?}", self.setup.id));
         let _ = self.folder.write_json(folder::TIMELINE, &self.setup.timeline);
         let words = match outcome {
             Outcome::Failed(words) => words.as_str(),
