@@ -5,10 +5,10 @@
 //! after which the device has to stop: to go on would mean to spin on, or to write to, something arbitrary.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, Interrupt};
@@ -25,7 +25,7 @@ pub enum QueueError {
         /// Number of the queue.
         queue: u16,
         /// What virtio-queue reported.
-        source: virtio_queue::Error,
+        source: Error,
     },
     /// An entry of the available ring cannot be read.
     #[error("the driver corrupted virtqueue {0}: its available ring cannot be read")]
@@ -45,12 +45,14 @@ pub struct Virtqueue {
     index: u16,
     queue: Queue,
     kick: EventFd,
-    used: bool,
+    /// How many buffers were used, modulo 2^16, when the driver was last considered for an interrupt.
+    announced: u16,
 }
 
 impl From<ActiveQueue> for Virtqueue {
     fn from(active: ActiveQueue) -> Self {
-        Self { index: active.index, queue: active.queue, kick: active.kick, used: false }
+        let announced = active.queue.next_used();
+        Self { index: active.index, queue: active.queue, kick: active.kick, announced }
     }
 }
 
@@ -106,19 +108,58 @@ impl Virtqueue {
 
     /// Gives a chain back, with the number of bytes written to it.
     pub fn push_used(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), QueueError> {
-        self.used = true;
-        self.queue.add_used(memory, head, len).map_err(|source| self.corrupt(source))
+        self.push_used_together(memory, &[(head, len)])
+    }
+
+    /// Gives chains back at once: a driver that sees the first of them sees all. That matters where several carry
+    /// one packet (virtio 1.2, section 5.1.6.4.1).
+    pub(crate) fn push_used_together(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chains: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let mut next = self.queue.next_used();
+        for &(head, len) in chains {
+            if head >= self.queue.size() {
+                return Err(self.corrupt(Error::InvalidDescriptorIndex));
+            }
+            let entry = 4 + 8 * u64::from(next % self.queue.size());
+            let entry = self.address(self.queue.used_ring(), entry)?;
+            // The head in the low half, the length in the high one.
+            let element = u64::from(head) | u64::from(len) << 32;
+            memory.write_obj(element.to_le(), entry).map_err(|source| self.inaccessible(source))?;
+            next = next.wrapping_add(1);
+        }
+        let index = self.address(self.queue.used_ring(), 2)?;
+        // Release: whoever sees the index has to see the elements and the data in the buffers.
+        memory.store(next.to_le(), index, Ordering::Release).map_err(|source| self.inaccessible(source))?;
+        self.queue.set_next_used(next);
+        Ok(())
     }
 
     /// Raises the interrupt if buffers were used since the last call and the driver wants to know.
     pub fn notify(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.used) {
-            return Ok(());
-        }
-        if self.queue.needs_notification(memory).map_err(|source| self.corrupt(source))? {
+        let used = self.queue.next_used();
+        let announced = std::mem::replace(&mut self.announced, used);
+        if used != announced && self.wants_interrupt(memory, announced, used)? {
             interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// Whether the driver waits for one of the used buffers between these indices (virtio 1.2, section 2.7.10).
+    fn wants_interrupt(&self, memory: &GuestMemoryMmap, from: u16, to: u16) -> Result<bool, QueueError> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The driver writes `used_event` and then looks at the index; here it is the other way round, and neither
+        // may pass the other.
+        fence(Ordering::SeqCst);
+        let event = self.address(self.queue.avail_ring(), 4 + 2 * u64::from(self.queue.size()))?;
+        // Relaxed: the fence orders it, and nothing else is read on its account.
+        let event = memory.load(event, Ordering::Relaxed).map_err(|source| self.inaccessible(source))?;
+        let event = u16::from_le(event);
+        Ok(to.wrapping_sub(event).wrapping_sub(1) < to.wrapping_sub(from))
     }
 
     /// Asks the driver not to kick: the device is looking anyway.
@@ -146,14 +187,22 @@ impl Virtqueue {
         more
     }
 
-    fn corrupt(&self, source: virtio_queue::Error) -> QueueError {
+    fn address(&self, ring: u64, offset: u64) -> Result<GuestAddress, QueueError> {
+        ring.checked_add(offset).map(GuestAddress).ok_or_else(|| self.corrupt(Error::AddressOverflow))
+    }
+
+    fn inaccessible(&self, source: vm_memory::GuestMemoryError) -> QueueError {
+        self.corrupt(Error::GuestMemory(source))
+    }
+
+    fn corrupt(&self, source: Error) -> QueueError {
         QueueError::Corrupt { queue: self.index, source }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
+    use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
     use super::*;
     use crate::virtio::testing::{Descriptor, Guest, MEMORY, Part};
@@ -203,6 +252,37 @@ mod tests {
         assert!(guest.interrupted());
         queue.notify(&memory, &interrupt).unwrap();
         assert!(!guest.interrupted());
+    }
+
+    #[test]
+    fn chains_that_belong_together_become_visible_together() {
+        let mut guest = Guest::new(&[4]);
+        let mut active = guest.activation(0).queues.remove(0);
+        // Of this ring only the first entry lies in memory, so the work ends after one element.
+        let ring = GuestAddress(MEMORY - 12);
+        active.queue.try_set_used_ring_address(ring).unwrap();
+        let mut queue = Virtqueue::from(active);
+        let heads = [guest.push(0, &[Part::In(4)]), guest.push(0, &[Part::In(4)])];
+        let refused = queue.push_used_together(&guest.memory, &[(heads[0], 4), (heads[1], 4)]);
+        assert!(matches!(refused, Err(QueueError::Corrupt { .. })));
+        assert_eq!(guest.memory.read_obj::<u32>(GuestAddress(MEMORY - 4)).unwrap(), 4, "it was written");
+        assert_eq!(guest.memory.read_obj::<u16>(GuestAddress(MEMORY - 10)).unwrap(), 0, "and is not visible");
+    }
+
+    #[test]
+    fn chains_used_together_count_one_by_one_for_the_interrupt() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = Virtqueue::from(guest.activation(1 << VIRTIO_RING_F_EVENT_IDX).queues.remove(0));
+        let (memory, interrupt) = (guest.memory.clone(), guest.interrupt.clone());
+        for (event, heard) in [(2_u16, true), (3, false)] {
+            let chains = [0; 3].map(|_| (guest.push(0, &[Part::In(4)]), 0));
+            let event_at = GuestAddress(guest.avail(0).0 + 4 + 2 * 4);
+            memory.write_obj(queue.queue.next_used().wrapping_add(event), event_at).unwrap();
+            queue.push_used_together(&memory, &chains).unwrap();
+            queue.notify(&memory, &interrupt).unwrap();
+            assert_eq!(guest.interrupted(), heard, "{event}");
+            chains.iter().for_each(|(head, _)| assert_eq!(guest.pop_used(0).unwrap().head, *head));
+        }
     }
 
     #[test]
