@@ -8,16 +8,19 @@
 //!
 //! To drop pages takes the kernel a while, so give this device a loop that no packet waits on.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use super::buffers::{GuestBuffers, MAX_DESCRIPTORS};
+use super::device::read_padded;
 use super::virtqueue::{Chain, QueueError, Virtqueue};
+use super::worker::{self, Notify, Post, Stop};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 use crate::event_loop::EventLoopHandle;
@@ -84,8 +87,7 @@ impl BalloonHandle {
 /// The balloon device.
 pub struct BalloonDevice {
     shared: Arc<Shared>,
-    events: EventLoopHandle,
-    worker: Option<SubscriberId>,
+    post: Post,
 }
 
 impl BalloonDevice {
@@ -93,7 +95,8 @@ impl BalloonDevice {
     /// dropping pages of a shared one would drop nothing.
     pub fn new(events: EventLoopHandle) -> (BalloonDevice, BalloonHandle) {
         let shared = Arc::new(Shared::default());
-        (BalloonDevice { shared: shared.clone(), events, worker: None }, BalloonHandle { shared })
+        let device = BalloonDevice { shared: shared.clone(), post: Post::new(events) };
+        (device, BalloonHandle { shared })
     }
 }
 
@@ -116,11 +119,7 @@ impl VirtioDevice for BalloonDevice {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let (target, actual) = (&self.shared.target, &self.shared.actual);
         let fields = [target, actual].map(|field| field.load(Ordering::SeqCst).to_le_bytes());
-        let config = fields.as_flattened();
-        data.fill(0);
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        let len = rest.len().min(data.len());
-        data[..len].copy_from_slice(&rest[..len]);
+        read_padded(fields.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -137,20 +136,18 @@ impl VirtioDevice for BalloonDevice {
                 *slot = Some(Virtqueue::from(queue));
             }
         }
-        let [inflate, deflate, reporting] = all;
-        let inflate = inflate.ok_or(ActivateError::MissingQueue(INFLATE))?;
-        let deflate = deflate.ok_or(ActivateError::MissingQueue(DEFLATE))?;
+        let mut queue = |index: u16| all[usize::from(index)].take();
+        let inflate = queue(INFLATE).ok_or(ActivateError::MissingQueue(INFLATE))?;
+        let deflate = queue(DEFLATE).ok_or(ActivateError::MissingQueue(DEFLATE))?;
+        let reporting = queue(REPORTING);
         *self.shared.interrupt() = Some(interrupt.clone());
-        let worker = Worker { memory, interrupt, inflate, deflate, reporting };
-        self.worker = Some(self.events.add(Box::new(worker))?);
-        Ok(())
+        let to_worker = interrupt.clone();
+        let worker = |stop| Worker { memory, interrupt: to_worker, inflate, deflate, reporting, stop };
+        Ok(self.post.start(interrupt, worker)?)
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            // It fails only when the loop has ended, and the worker with it.
-            let _ = self.events.remove(worker);
-        }
+        self.post.stop();
         *self.shared.interrupt() = None;
         // A balloon starts empty: the next driver knows nothing of the pages in it (section 5.5.5).
         self.shared.actual.store(0, Ordering::SeqCst);
@@ -164,76 +161,41 @@ struct Worker {
     deflate: Virtqueue,
     /// Absent if the driver does not report.
     reporting: Option<Virtqueue>,
+    stop: Stop,
 }
 
-impl Worker {
-    fn process_queue(&mut self, index: u16) -> Result<(), QueueError> {
-        let (memory, interrupt) = (&*self.memory, &self.interrupt);
-        match (index, &mut self.reporting) {
-            (INFLATE, _) => serve(&mut self.inflate, memory, interrupt, inflate),
+impl worker::Worker for Worker {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        let queues = [&self.inflate, &self.deflate].into_iter().chain(&self.reporting);
+        queues.map(|queue| (queue.as_raw_fd(), EventSet::IN)).collect()
+    }
+
+    fn process(&mut self, source: RawFd) -> Result<(), QueueError> {
+        let Worker { memory, interrupt, inflate, deflate, reporting, stop } = self;
+        let memory = &**memory;
+        let take: fn(&GuestMemoryMmap, Chain<'_>);
+        let queue = if source == inflate.as_raw_fd() {
+            take = take_listed;
+            inflate
+        } else if source == deflate.as_raw_fd() {
             // The guest uses these pages again, and gets memory for them when it touches them.
-            (DEFLATE, _) => serve(&mut self.deflate, memory, interrupt, |_, _| ()),
-            (REPORTING, Some(reporting)) => serve(reporting, memory, interrupt, report),
-            _ => Ok(()),
-        }
-    }
-
-    fn queues(&self) -> impl Iterator<Item = (u16, &Virtqueue)> {
-        let always = [(INFLATE, &self.inflate), (DEFLATE, &self.deflate)];
-        always.into_iter().chain(self.reporting.as_ref().map(|queue| (REPORTING, queue)))
-    }
-}
-
-impl MutEventSubscriber for Worker {
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if self.process_queue(events.data() as u16).is_err() {
-            // No queue is to be trusted any more: leave them alone until the driver resets the device.
-            self.interrupt.needs_reset();
-            for (_, queue) in self.queues() {
-                let _ = ops.remove(Events::empty(queue));
-            }
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (index, queue) in self.queues() {
-            // It fails only for want of memory in the kernel. Then the balloon does nothing, which costs memory,
-            // and harms nobody.
-            let _ = ops.add(Events::with_data(queue, u32::from(index), EventSet::IN));
-        }
-    }
-}
-
-/// Serves one batch of a queue's requests.
-fn serve(
-    queue: &mut Virtqueue,
-    memory: &GuestMemoryMmap,
-    interrupt: &Interrupt,
-    handle: impl Fn(&GuestMemoryMmap, Chain<'_>),
-) -> Result<(), QueueError> {
-    queue.acknowledge_kick();
-    let mut more = true;
-    for _ in 0..BATCH {
-        let Some(chain) = queue.pop(memory)? else {
-            more = queue.enable_kicks(memory)?;
-            if more {
-                continue;
-            }
-            break;
+            take = |_, _| ();
+            deflate
+        } else if let Some(reporting) = reporting {
+            take = take_reported;
+            reporting
+        } else {
+            return Ok(());
         };
-        let head = chain.head_index();
-        handle(memory, chain);
-        queue.push_used(memory, head, 0)?;
+        worker::serve(queue, memory, interrupt, stop, (BATCH, Notify::Batch), |chain| {
+            take(memory, chain);
+            0
+        })
     }
-    queue.notify(memory, interrupt)?;
-    if more {
-        queue.kick_self();
-    }
-    Ok(())
 }
 
 /// Takes pages whose numbers the guest lists, 32 bits each.
-fn inflate(memory: &GuestMemoryMmap, chain: Chain<'_>) {
+fn take_listed(memory: &GuestMemoryMmap, chain: Chain<'_>) {
     let Ok(mut list) = GuestBuffers::readable(memory, chain) else { return };
     list.truncate(MAX_INFLATE);
     let mut bytes = vec![0; list.len()];
@@ -249,7 +211,7 @@ fn inflate(memory: &GuestMemoryMmap, chain: Chain<'_>) {
 }
 
 /// Takes pages that are the buffers of the request.
-fn report(memory: &GuestMemoryMmap, chain: Chain<'_>) {
+fn take_reported(memory: &GuestMemoryMmap, chain: Chain<'_>) {
     for descriptor in chain.take(MAX_DESCRIPTORS).filter(|descriptor| descriptor.is_write_only()) {
         discard(memory, descriptor.addr().0, u64::from(descriptor.len()));
     }
@@ -426,6 +388,16 @@ mod tests {
         guest.kick(usize::from(REPORTING));
         guest.wait_interrupt();
         assert!(guest.interrupt.is_reset_needed());
+    }
+
+    #[test]
+    fn a_device_that_cannot_hear_its_driver_says_so() {
+        for queue in [INFLATE, DEFLATE, REPORTING] {
+            let guest = Guest::new(&QUEUE_SIZES);
+            let (mut device, _handle) = BalloonDevice::new(EventLoop::spawn("test").unwrap().handle());
+            device.activate(guest.deaf_activation(usize::from(queue))).unwrap();
+            assert!(guest.interrupt.is_reset_needed());
+        }
     }
 
     #[test]

@@ -45,6 +45,14 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self);
 }
 
+/// Reads from a configuration space that has these bytes; what lies beyond them is zero.
+pub(crate) fn read_padded(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+}
+
 /// What a device needs to run.
 pub struct Activation {
     /// The guest's memory.
@@ -153,6 +161,19 @@ impl Interrupt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_configuration_ends_in_zeroes() {
+        let read = |offset| {
+            let mut data = [0xff; 3];
+            read_padded(&[1, 2, 3, 4], offset, &mut data);
+            data
+        };
+        assert_eq!(
+            [read(0), read(2), read(4), read(5), read(u64::MAX)].concat(),
+            [1, 2, 3, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        );
+    }
 
     #[test]
     fn an_interrupt_sets_its_reason_and_raises_the_line() {

@@ -12,5 +12,6 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod virtqueue;
 pub mod vsock;
+pub(crate) mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};

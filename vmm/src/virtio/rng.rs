@@ -1,11 +1,14 @@
 //! The entropy device (virtio 1.2, section 5.4): fills the guest's buffers from the host's random generator.
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
+use std::os::fd::{AsRawFd, RawFd};
+
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::buffers::GuestBuffers;
 use super::virtqueue::{QueueError, Virtqueue};
+use super::worker::{self, Notify, Post, Stop};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 use crate::event_loop::EventLoopHandle;
@@ -19,14 +22,13 @@ const BATCH: usize = 16;
 /// The entropy device.
 #[derive(Debug)]
 pub struct RngDevice {
-    events: EventLoopHandle,
-    worker: Option<SubscriberId>,
+    post: Post,
 }
 
 impl RngDevice {
     /// A device that is served by this loop.
     pub fn new(events: EventLoopHandle) -> Self {
-        Self { events, worker: None }
+        Self { post: Post::new(events) }
     }
 }
 
@@ -51,16 +53,13 @@ impl VirtioDevice for RngDevice {
         let Activation { memory, queues, interrupt, .. } = activation;
         let queue =
             queues.into_iter().find(|queue| queue.index == 0).ok_or(ActivateError::MissingQueue(0))?;
-        let worker = Worker { memory, interrupt, queue: queue.into() };
-        self.worker = Some(self.events.add(Box::new(worker))?);
-        Ok(())
+        let to_worker = interrupt.clone();
+        let worker = |stop| Worker { memory, interrupt: to_worker, queue: queue.into(), stop };
+        Ok(self.post.start(interrupt, worker)?)
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            // It fails only when the loop has ended, and the worker with it.
-            let _ = self.events.remove(worker);
-        }
+        self.post.stop();
     }
 }
 
@@ -68,31 +67,20 @@ struct Worker {
     memory: GuestMemory,
     interrupt: Interrupt,
     queue: Virtqueue,
+    stop: Stop,
 }
 
-impl Worker {
-    /// Serves one batch of requests.
-    fn serve(&mut self) -> Result<(), QueueError> {
-        let memory = self.memory.clone();
-        let mut more = true;
-        for _ in 0..BATCH {
-            let Some(chain) = self.queue.pop(&memory)? else {
-                more = self.queue.enable_kicks(&memory)?;
-                if more {
-                    continue;
-                }
-                break;
-            };
-            let head = chain.head_index();
+impl worker::Worker for Worker {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        vec![(self.queue.as_raw_fd(), EventSet::IN)]
+    }
+
+    fn process(&mut self, _: RawFd) -> Result<(), QueueError> {
+        let (memory, batch) = (&*self.memory, (BATCH, Notify::Batch));
+        worker::serve(&mut self.queue, memory, &self.interrupt, &self.stop, batch, |chain| {
             // A malformed chain gets nothing, as does one for which the host has no entropy.
-            let filled = GuestBuffers::writable(&memory, chain).map_or(0, fill);
-            self.queue.push_used(&memory, head, filled as u32)?;
-        }
-        self.queue.notify(&memory, &self.interrupt)?;
-        if more {
-            self.queue.kick_self();
-        }
-        Ok(())
+            GuestBuffers::writable(memory, chain).map_or(0, fill) as u32
+        })
     }
 }
 
@@ -109,23 +97,6 @@ fn fill(mut buffers: GuestBuffers<'_>) -> usize {
         filled += buffers.write(entropy);
     }
     filled
-}
-
-impl MutEventSubscriber for Worker {
-    fn process(&mut self, _: Events, ops: &mut EventOps<'_>) {
-        self.queue.acknowledge_kick();
-        if self.serve().is_err() {
-            // The queue cannot be used any more: leave it alone until the driver resets the device.
-            self.interrupt.needs_reset();
-            let _ = ops.remove(Events::empty(&self.queue));
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        // It fails only for want of memory in the kernel. Then the device serves nothing, which a driver of
-        // an entropy source has to expect anyway.
-        let _ = ops.add(Events::new(&self.queue, EventSet::IN));
-    }
 }
 
 #[cfg(test)]
@@ -206,6 +177,7 @@ mod tests {
         let mut device = running(&guest, 0);
         guest.set_available(0, QUEUE_SIZE + 1);
         guest.kick(0);
+        guest.wait_needs_reset();
         device.reset();
         device.reset();
         assert!(guest.pop_used(0).is_none());
@@ -214,6 +186,14 @@ mod tests {
         guest.push(0, &[Part::In(8)]);
         guest.activate(&mut device, 0);
         assert_eq!(guest.wait_used(0).len, 8);
+    }
+
+    #[test]
+    fn a_device_that_cannot_hear_its_driver_says_so() {
+        let guest = Guest::new(&[QUEUE_SIZE]);
+        let mut device = RngDevice::new(EventLoop::spawn("test").unwrap().handle());
+        device.activate(guest.deaf_activation(0)).unwrap();
+        assert!(guest.interrupt.is_reset_needed());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! places its used ring over the end of the available ring and cannot wrap around.
 
 use std::collections::HashMap;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -108,6 +109,24 @@ impl Guest {
         let queues = (0..self.queues.len()).map(|index| self.active_queue(index, features)).collect();
         let interrupt = self.interrupt.clone();
         Activation { memory: self.memory.clone(), queues, features, interrupt }
+    }
+
+    /// As [`Guest::activation`], but no loop can wait for a kick of this queue.
+    pub(crate) fn deaf_activation(&self, queue: usize) -> Activation {
+        let mut activation = self.activation(0);
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        // SAFETY: the descriptor is open, and owned by nobody else since `into_raw_fd`.
+        activation.queues[queue].kick = unsafe { EventFd::from_raw_fd(file.into_raw_fd()) };
+        activation
+    }
+
+    /// Waits until the device asks for a reset.
+    pub(crate) fn wait_needs_reset(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.interrupt.is_reset_needed() {
+            assert!(Instant::now() < deadline, "the device asked for no reset");
+            thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// Starts a device on these queues.

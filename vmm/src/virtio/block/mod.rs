@@ -12,7 +12,6 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use event_manager::SubscriberId;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES,
@@ -20,10 +19,13 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::device::read_padded;
+use super::worker::Post;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, EventLoopError};
 use disk::Disk;
 use request::{MAX_RANGE_SECTORS, MAX_RANGES};
+use worker::Worker;
 
 const QUEUE_SIZES: [u16; 1] = [256];
 /// How many pieces the data of a request may be in: the queue's length without header and status.
@@ -51,8 +53,8 @@ pub enum BlockError {
 #[derive(Debug)]
 pub struct BlockDevice {
     disk: Arc<Disk>,
-    events: EventLoop,
-    worker: Option<SubscriberId>,
+    _events: EventLoop,
+    post: Post,
 }
 
 impl BlockDevice {
@@ -60,7 +62,8 @@ impl BlockDevice {
     /// last whole sector of 512 are out of reach.
     pub fn new(image: File, read_only: bool) -> Result<Self, BlockError> {
         let disk = Arc::new(Disk::new(image, read_only)?);
-        Ok(Self { disk, events: EventLoop::spawn("virtio-blk")?, worker: None })
+        let events = EventLoop::spawn("virtio-blk")?;
+        Ok(Self { disk, post: Post::new(events.handle()), _events: events })
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -105,9 +108,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.config().into_iter().skip(offset).chain(std::iter::repeat(0));
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        read_padded(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -116,15 +117,18 @@ impl VirtioDevice for BlockDevice {
             queues.into_iter().find(|queue| queue.index == 0).ok_or(ActivateError::MissingQueue(0))?;
         // A driver that cannot flush has to find every write on the disk once it is done (section 5.2.6.2).
         let write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        let worker = worker::Worker::new(memory, interrupt, queue.into(), self.disk.clone(), write_through);
-        self.worker = Some(self.events.handle().add(Box::new(worker))?);
-        Ok(())
+        let (to_worker, disk) = (interrupt.clone(), self.disk.clone());
+        Ok(self.post.start(interrupt, |stop| Worker {
+            memory,
+            interrupt: to_worker,
+            queue: queue.into(),
+            disk,
+            write_through,
+            stop,
+        })?)
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            // It fails only when the loop has ended, and the worker with it.
-            let _ = self.events.handle().remove(worker);
-        }
+        self.post.stop();
     }
 }

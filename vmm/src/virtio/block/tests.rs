@@ -153,6 +153,27 @@ fn ranges_are_discarded_and_zeroed() {
 }
 
 #[test]
+fn a_corrupt_queue_stops_the_device_and_a_reset_revives_it() {
+    let mut disk = Fixture::new(false);
+    disk.guest.set_available(0, QUEUE_SIZES[0] + 1);
+    disk.guest.kick(0);
+    disk.guest.wait_needs_reset();
+    disk.device.reset();
+    disk.guest = Guest::new(&QUEUE_SIZES);
+    disk.guest.activate(&mut disk.device, 0);
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 0, &[Part::In(512)]).0, OK);
+    assert!(!disk.guest.interrupt.is_reset_needed());
+}
+
+#[test]
+fn a_device_that_cannot_hear_its_driver_says_so() {
+    let guest = Guest::new(&QUEUE_SIZES);
+    let mut device = BlockDevice::new(tempfile::tempfile().unwrap(), false).unwrap();
+    device.activate(guest.deaf_activation(0)).unwrap();
+    assert!(guest.interrupt.is_reset_needed());
+}
+
+#[test]
 fn a_disk_has_a_name() {
     let mut disk = Fixture::new(false);
     let (status, name) = disk.request(VIRTIO_BLK_T_GET_ID, 0, &[Part::In(20)]);

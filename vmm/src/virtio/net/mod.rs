@@ -11,7 +11,6 @@ mod worker;
 
 use std::os::fd::OwnedFd;
 
-use event_manager::SubscriberId;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -20,6 +19,8 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::device::read_padded;
+use super::worker::Post;
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::event_loop::EventLoopHandle;
 use tap::Tap;
@@ -44,15 +45,14 @@ pub struct NetDevice {
     tap: Tap,
     mac: [u8; 6],
     mtu: u16,
-    events: EventLoopHandle,
-    worker: Option<SubscriberId>,
+    post: Post,
 }
 
 impl NetDevice {
     /// A device at a tap, which must be open without blocking and attached to its interface with `IFF_TAP`,
     /// `IFF_NO_PI` and `IFF_VNET_HDR`. With an MTU of 0 the guest chooses.
     pub fn new(tap: impl Into<OwnedFd>, mac: [u8; 6], mtu: u16, events: EventLoopHandle) -> Self {
-        Self { tap: Tap::new(tap.into()), mac, mtu, events, worker: None }
+        Self { tap: Tap::new(tap.into()), mac, mtu, post: Post::new(events) }
     }
 }
 
@@ -84,9 +84,7 @@ impl VirtioDevice for NetDevice {
         config[..6].copy_from_slice(&self.mac);
         // In between: the status and the number of queue pairs, both without their feature.
         config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = config.into_iter().skip(offset).chain(std::iter::repeat(0));
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        read_padded(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -101,23 +99,17 @@ impl VirtioDevice for NetDevice {
             }
         }
         let needed = |queue: Option<ActiveQueue>, index| queue.ok_or(ActivateError::MissingQueue(index));
-        let worker = Worker::new(
-            memory,
-            interrupt,
-            self.tap.try_clone()?,
-            [needed(receive, RECEIVE_QUEUE)?.into(), needed(transmit, TRANSMIT_QUEUE)?.into()],
-            features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0,
-            HEADER + LINK_HEADER + self.largest_packet(features),
-        );
-        self.worker = Some(self.events.add(Box::new(worker))?);
-        Ok(())
+        let queues = [needed(receive, RECEIVE_QUEUE)?.into(), needed(transmit, TRANSMIT_QUEUE)?.into()];
+        let tap = self.tap.try_clone()?;
+        let mergeable = features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
+        let largest = HEADER + LINK_HEADER + self.largest_packet(features);
+        Ok(self.post.start(interrupt.clone(), |stop| {
+            Worker::new(memory, interrupt, tap, queues, mergeable, largest, stop)
+        })?)
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            // It fails only when the loop has ended, and the worker with it.
-            let _ = self.events.remove(worker);
-        }
+        self.post.stop();
     }
 }
 

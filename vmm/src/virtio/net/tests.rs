@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::event_loop::EventLoop;
@@ -19,24 +20,30 @@ const TX: usize = TRANSMIT_QUEUE as usize;
 struct Wire {
     guest: Guest,
     far: UnixDatagram,
-    events: EventLoopHandle,
-    worker: Option<SubscriberId>,
+    post: Post,
 }
 
 impl Wire {
     fn new(mergeable: bool, features: u64, largest: usize) -> Wire {
         let guest = Guest::new(&QUEUE_SIZES);
+        let activation = guest.activation(features);
+        Wire::with(guest, activation, mergeable, largest)
+    }
+
+    fn with(guest: Guest, activation: Activation, mergeable: bool, largest: usize) -> Wire {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let Activation { memory, mut queues, interrupt, .. } = guest.activation(features);
+        let Activation { memory, mut queues, interrupt, .. } = activation;
         let [transmit, receive] = [queues.pop().unwrap(), queues.pop().unwrap()];
         let queues = [receive.into(), transmit.into()];
         let tap = Tap::new(near.into());
-        let worker = Worker::new(memory, interrupt, tap, queues, mergeable, HEADER + LINK_HEADER + largest);
-        let events = EventLoop::spawn("test").unwrap().handle();
-        let worker = Some(events.add(Box::new(worker)).unwrap());
-        Wire { guest, far, events, worker }
+        let largest = HEADER + LINK_HEADER + largest;
+        let mut post = Post::new(EventLoop::spawn("test").unwrap().handle());
+        let to_worker = interrupt.clone();
+        post.start(interrupt, |stop| Worker::new(memory, to_worker, tap, queues, mergeable, largest, stop))
+            .unwrap();
+        Wire { guest, far, post }
     }
 
     fn offer(&mut self, parts: &[Part]) {
@@ -63,7 +70,7 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        self.events.remove(self.worker.take().unwrap()).unwrap();
+        self.post.stop();
     }
 }
 
@@ -209,7 +216,36 @@ fn a_corrupt_queue_stops_the_worker() {
     wire.guest.set_available(RX, 300);
     wire.far.send(&frame(60)).unwrap();
     wire.guest.kick(RX);
+    wire.guest.wait_needs_reset();
     assert!(wire.guest.pop_used(RX).is_none());
+    let mut wire = Wire::new(true, 0, 1500);
+    wire.guest.set_available(TX, 300);
+    wire.guest.kick(TX);
+    wire.guest.wait_needs_reset();
+}
+
+#[test]
+fn a_worker_that_cannot_hear_its_driver_says_so() {
+    for queue in [RX, TX] {
+        let guest = Guest::new(&QUEUE_SIZES);
+        let activation = guest.deaf_activation(queue);
+        assert!(Wire::with(guest, activation, false, 1500).guest.interrupt.is_reset_needed());
+    }
+}
+
+#[test]
+fn the_buffers_of_a_frame_become_visible_together() {
+    let mut guest = Guest::new(&QUEUE_SIZES);
+    // Of this ring only the first entry lies in memory, so the work ends after one element.
+    let mut activation = guest.activation(0);
+    activation.queues[RX].queue.try_set_used_ring_address(GuestAddress(MEMORY - 12)).unwrap();
+    guest.push(RX, &[Part::In(100)]);
+    guest.push(RX, &[Part::In(100)]);
+    let wire = Wire::with(guest, activation, true, 150);
+    wire.far.send(&frame(150)).unwrap();
+    wire.guest.kick(RX);
+    wire.guest.wait_needs_reset();
+    assert_eq!(wire.guest.memory.read_obj::<u16>(GuestAddress(MEMORY - 10)).unwrap(), 0);
 }
 
 #[test]

@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::EventSet;
 use vm_memory::GuestMemoryMmap;
 
 use super::tap::Tap;
@@ -16,6 +16,7 @@ use crate::GuestMemory;
 use crate::virtio::Interrupt;
 use crate::virtio::buffers::GuestBuffers;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
+use crate::virtio::worker::{self, Notify, Stop};
 
 /// How many frames go one way before other devices of the loop get their turn.
 const BATCH: usize = 64;
@@ -37,6 +38,7 @@ pub(super) struct Worker {
     tap_ready: bool,
     /// A frame that waits for more buffers.
     waiting: Option<Vec<u8>>,
+    stop: Stop,
 }
 
 /// A buffer of the guest's for received frames.
@@ -62,6 +64,7 @@ impl Worker {
         [receive, transmit]: [Virtqueue; 2],
         mergeable: bool,
         largest: usize,
+        stop: Stop,
     ) -> Worker {
         Worker {
             memory,
@@ -74,35 +77,19 @@ impl Worker {
             // Frames that came before are not announced again.
             tap_ready: true,
             waiting: None,
+            stop,
         }
     }
 
     /// Sends one batch of frames.
     fn transmit(&mut self) -> Result<(), QueueError> {
-        let memory = self.memory.clone();
-        self.transmit.disable_kicks(&memory)?;
-        for _ in 0..BATCH {
-            let Some(chain) = self.transmit.pop(&memory)? else {
-                if self.transmit.enable_kicks(&memory)? {
-                    continue;
-                }
-                return self.transmit.notify(&memory, &self.interrupt);
-            };
-            let head = chain.head_index();
-            if let Ok(frame) = GuestBuffers::readable(&memory, chain) {
-                self.send(frame);
+        let (memory, batch) = (&*self.memory, (BATCH, Notify::Batch));
+        worker::serve(&mut self.transmit, memory, &self.interrupt, &self.stop, batch, |chain| {
+            if let Ok(frame) = GuestBuffers::readable(memory, chain) {
+                send(&self.tap, frame);
             }
-            self.transmit.push_used(&memory, head, 0)?;
-        }
-        self.transmit.kick_self();
-        self.transmit.notify(&memory, &self.interrupt)
-    }
-
-    /// Gives a frame to the tap, which checks the header. What it does not take is lost, as on any network.
-    fn send(&self, mut frame: GuestBuffers<'_>) {
-        if (HEADER + 1..=HEADER + LINK_HEADER + MAX_PACKET).contains(&frame.len()) {
-            let _ = frame.write_stream(self.tap.as_fd());
-        }
+            0
+        })
     }
 
     /// Receives one batch of frames.
@@ -111,6 +98,9 @@ impl Worker {
         let mut buffers = VecDeque::new();
         let mut pause = None;
         for _ in 0..BATCH {
+            if self.stop.is_requested() {
+                break;
+            }
             if !self.tap_ready && self.waiting.is_none() {
                 pause = Some(Pause::Tap);
                 break;
@@ -220,6 +210,13 @@ impl Worker {
     }
 }
 
+/// Gives a frame to the tap, which checks the header. What it does not take is lost, as on any network.
+fn send(tap: &Tap, mut frame: GuestBuffers<'_>) {
+    if (HEADER + 1..=HEADER + LINK_HEADER + MAX_PACKET).contains(&frame.len()) {
+        let _ = frame.write_stream(tap.as_fd());
+    }
+}
+
 /// What an error of the tap means. An interface that is down or gone has no frames, and says so when it has.
 fn tap_pause(error: &io::Error) -> Option<Pause> {
     match error.kind() {
@@ -228,34 +225,24 @@ fn tap_pause(error: &io::Error) -> Option<Pause> {
     }
 }
 
-impl MutEventSubscriber for Worker {
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let result = match events.fd() {
-            fd if fd == self.transmit.as_raw_fd() => {
-                self.transmit.acknowledge_kick();
-                self.transmit()
-            }
-            fd if fd == self.receive.as_raw_fd() => {
-                self.receive.acknowledge_kick();
-                self.receive()
-            }
-            _ => {
-                self.tap_ready = true;
-                self.receive()
-            }
-        };
-        if result.is_err() {
-            // The queues cannot be used any more: leave them alone until the driver resets the device.
-            let _ = ops.remove(Events::empty(&self.transmit));
-            let _ = ops.remove(Events::empty(&self.receive));
-            let _ = ops.remove(Events::empty(&self.tap.as_fd()));
-        }
+impl worker::Worker for Worker {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        vec![
+            (self.transmit.as_raw_fd(), EventSet::IN),
+            (self.receive.as_raw_fd(), EventSet::IN),
+            (self.tap.as_fd().as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED),
+        ]
     }
 
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        // These fail only for want of memory in the kernel. Then the device stays mute, like a cable unplugged.
-        let _ = ops.add(Events::new(&self.transmit, EventSet::IN));
-        let _ = ops.add(Events::new(&self.receive, EventSet::IN));
-        let _ = ops.add(Events::new(&self.tap.as_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED));
+    fn process(&mut self, source: RawFd) -> Result<(), QueueError> {
+        if source == self.transmit.as_raw_fd() {
+            return self.transmit();
+        }
+        if source == self.receive.as_raw_fd() {
+            self.receive.acknowledge_kick();
+        } else {
+            self.tap_ready = true;
+        }
+        self.receive()
     }
 }
