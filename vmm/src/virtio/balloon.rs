@@ -17,7 +17,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
-use super::buffers::{GuestBuffers, MAX_DESCRIPTORS};
+use super::buffers::{Descriptors, GuestBuffers};
 use super::device::read_padded;
 use super::virtqueue::{Chain, QueueError, Virtqueue};
 use super::worker::{self, Notify, Post, Stop};
@@ -212,8 +212,11 @@ fn take_listed(memory: &GuestMemoryMmap, chain: Chain<'_>) {
 
 /// Takes pages that are the buffers of the request.
 fn take_reported(memory: &GuestMemoryMmap, chain: Chain<'_>) {
-    for descriptor in chain.take(MAX_DESCRIPTORS).filter(|descriptor| descriptor.is_write_only()) {
-        discard(memory, descriptor.addr().0, u64::from(descriptor.len()));
+    // What comes before the place where a chain breaks off is reported all the same.
+    for descriptor in Descriptors::of(chain).map_while(Result::ok) {
+        if descriptor.is_write_only() {
+            discard(memory, descriptor.addr().0, u64::from(descriptor.len()));
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`GuestBuffers`] hides how many descriptors carry them: header and data may be split at any place (virtio 1.2,
 //! section 2.7.4). Data can go between a socket and the guest's memory without a copy in between.
 
+mod descriptors;
 mod file;
 
 use std::collections::VecDeque;
@@ -12,8 +13,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::{GuestMemory as _, GuestMemoryMmap, VolatileSlice};
 
 use super::virtqueue::Chain;
+pub(crate) use descriptors::Descriptors;
 
-/// The most descriptors with bytes that a chain may have: as many as one system call takes (IOV_MAX). No queue
+/// The most descriptors that a chain may have: as many as one system call takes (IOV_MAX). No queue
 /// of ours is longer, and a driver must not make chains longer than the queue (virtio 1.2, section 2.7.5.3.1).
 pub const MAX_DESCRIPTORS: usize = 1024;
 
@@ -29,6 +31,9 @@ pub enum ChainError {
     /// There are more descriptors than a driver may chain.
     #[error("the driver offered a chain of more than {MAX_DESCRIPTORS} descriptors")]
     TooLong,
+    /// The chain breaks off: a descriptor names a next one that does not exist, cannot be read, or was there before.
+    #[error("the driver offered a chain that breaks off")]
+    Broken,
 }
 
 /// A sequence of bytes in the guest's memory, consumed from its start.
@@ -51,15 +56,13 @@ impl<'m> GuestBuffers<'m> {
 
     fn collect(memory: &'m GuestMemoryMmap, chain: Chain<'m>, writable: bool) -> Result<Self, ChainError> {
         let mut buffers = Self { slices: VecDeque::new(), len: 0 };
-        for descriptor in chain {
+        for descriptor in Descriptors::of(chain) {
+            let descriptor = descriptor?;
             if descriptor.is_write_only() != writable {
                 return Err(ChainError::Direction);
             }
             if descriptor.len() == 0 {
                 continue;
-            }
-            if buffers.slices.len() == MAX_DESCRIPTORS {
-                return Err(ChainError::TooLong);
             }
             // The sum fits: a chain of virtio-queue ends where it would exceed 2^32 bytes.
             let len = descriptor.len() as usize;
@@ -78,6 +81,11 @@ impl<'m> GuestBuffers<'m> {
     /// Whether no bytes are left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// In how many pieces they lie.
+    pub(crate) fn pieces(&self) -> usize {
+        self.slices.len()
     }
 
     /// Keeps the first `len` bytes at most.

@@ -75,6 +75,11 @@ impl Virtqueue {
         let _ = self.kick.write(1);
     }
 
+    /// The most chains that the driver can offer at a time.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Takes the next chain that the driver offers.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Result<Option<Chain<'m>>, QueueError> {
         if self.is_empty(memory)? {

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::{ByteValued, GuestMemory as _, GuestMemoryMmap};
 
-use super::{ChainError, GuestBuffers, MAX_DESCRIPTORS};
+use super::{ChainError, Descriptors, GuestBuffers};
 use crate::virtio::virtqueue::Chain;
 
 impl<'m> GuestBuffers<'m> {
@@ -13,10 +13,8 @@ impl<'m> GuestBuffers<'m> {
     /// section 2.7.4.2).
     pub fn both(memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> Result<(Self, Self), ChainError> {
         let (mut readable, mut writable) = (Self::empty(), Self::empty());
-        for (count, descriptor) in chain.enumerate() {
-            if count == MAX_DESCRIPTORS {
-                return Err(ChainError::TooLong);
-            }
+        for descriptor in Descriptors::of(chain) {
+            let descriptor = descriptor?;
             let half = match descriptor.is_write_only() {
                 true => &mut writable,
                 false if writable.is_empty() => &mut readable,

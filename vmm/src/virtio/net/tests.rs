@@ -135,6 +135,46 @@ fn a_frame_too_long_for_its_buffer_is_dropped() {
 }
 
 #[test]
+fn a_frame_in_too_many_pieces_is_dropped_and_holds_up_nothing() {
+    let mut wire = Wire::new(true, 0, MAX_PACKET);
+    // Each buffer has 300 pieces; four of them are more than one system call takes.
+    for _ in 0..4 {
+        wire.guest.push_indirect(RX, &vec![Part::In(10); 300]);
+    }
+    wire.far.send(&frame(9500)).unwrap();
+    wire.far.send(&frame(5000)).unwrap();
+    wire.guest.kick(RX);
+    assert_eq!(wire.receive(), frame(5000)[HEADER..]);
+}
+
+#[test]
+fn a_frame_that_a_full_queue_cannot_hold_is_dropped() {
+    let mut wire = Wire::new(true, 0, MAX_PACKET);
+    for _ in 0..QUEUE_SIZES[RX] {
+        wire.guest.push(RX, &[Part::In(20)]);
+    }
+    wire.far.send(&frame(6000)).unwrap();
+    wire.far.send(&frame(5000)).unwrap();
+    wire.guest.kick(RX);
+    assert_eq!(wire.receive(), frame(5000)[HEADER..]);
+}
+
+#[test]
+fn a_buffer_without_room_comes_back_with_those_before_it() {
+    let mut wire = Wire::new(true, 0, MAX_PACKET);
+    let heads = [wire.guest.push(RX, &[Part::In(100)]), wire.guest.push(RX, &[Part::In(0), Part::In(0)])];
+    let good = wire.guest.push(RX, &[Part::In(6000)]);
+    wire.far.send(&frame(5000)).unwrap();
+    wire.guest.kick(RX);
+    for head in heads {
+        let used = wire.guest.wait_used(RX);
+        assert_eq!((used.head, used.len), (head, 0));
+    }
+    let used = wire.guest.wait_used(RX);
+    assert_eq!((used.head, &used.data[HEADER..]), (good, &frame(5000)[HEADER..]));
+}
+
+#[test]
 fn many_frames_pass_both_ways() {
     let mut wire = Wire::new(true, 1 << VIRTIO_RING_F_EVENT_IDX, 1500);
     let far = wire.far.try_clone().unwrap();
@@ -203,6 +243,7 @@ fn chains_without_sense_harm_nothing() {
         wire.guest.push_raw(RX, chain);
         wire.far.send(&frame(60)).unwrap();
         wire.guest.kick(RX);
+        assert_eq!(wire.guest.wait_used(RX).len, 0, "it comes back at once");
         // The other queue still works.
         wire.guest.push_raw(TX, chain);
         wire.guest.kick(TX);

@@ -14,7 +14,7 @@ use super::tap::Tap;
 use super::{HEADER, LINK_HEADER, MAX_PACKET};
 use crate::GuestMemory;
 use crate::virtio::Interrupt;
-use crate::virtio::buffers::GuestBuffers;
+use crate::virtio::buffers::{GuestBuffers, MAX_DESCRIPTORS};
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
 use crate::virtio::worker::{self, Notify, Stop};
 
@@ -45,6 +45,16 @@ pub(super) struct Worker {
 struct Buffer<'m> {
     head: u16,
     room: GuestBuffers<'m>,
+}
+
+/// What the buffers at hand are good for.
+enum Room<'m> {
+    /// There are none.
+    None,
+    /// Some were no buffers at all, and went back.
+    Refused,
+    /// This much. It cannot grow any more if it `is_final`, whatever the driver adds.
+    Found { room: GuestBuffers<'m>, is_final: bool },
 }
 
 /// Why nothing more can be received now.
@@ -127,11 +137,16 @@ impl Worker {
         buffers: &mut VecDeque<Buffer<'m>>,
     ) -> Result<Option<Pause>, QueueError> {
         let wanted = self.waiting.as_ref().map_or(self.largest, Vec::len);
-        let Some(mut room) = self.gather(memory, buffers, wanted)? else { return Ok(Some(Pause::Buffers)) };
+        let (mut room, is_final) = match self.gather(memory, buffers, wanted)? {
+            Room::Found { room, is_final } => (room, is_final),
+            Room::None => return Ok(Some(Pause::Buffers)),
+            Room::Refused => return Ok(None),
+        };
         let header = room.clone();
         let len = match self.waiting.take() {
             Some(frame) if frame.len() <= room.len() => room.write(&frame),
-            Some(_) if !self.mergeable => return Ok(None),
+            // It is lost: it would wait for ever, and all the others behind it.
+            Some(_) if is_final => return Ok(None),
             Some(frame) => {
                 self.waiting = Some(frame);
                 return Ok(Some(Pause::Buffers));
@@ -147,28 +162,48 @@ impl Worker {
         Ok(None)
     }
 
-    /// The room for a frame of this length: buffers are taken until they suffice or there are no more. Returns
-    /// nothing if there is not a single one.
+    /// The room for a frame of this length: buffers are taken until they suffice or there are no more.
     fn gather<'m>(
         &mut self,
         memory: &'m GuestMemoryMmap,
         buffers: &mut VecDeque<Buffer<'m>>,
         wanted: usize,
-    ) -> Result<Option<GuestBuffers<'m>>, QueueError> {
+    ) -> Result<Room<'m>, QueueError> {
         let mut all = GuestBuffers::empty();
         let mut next = 0;
+        let mut is_full = false;
         while all.len() < wanted && (next == 0 || self.mergeable) {
             if next == buffers.len() {
                 let Some(chain) = self.receive.pop(memory)? else { break };
                 let head = chain.head_index();
-                // A chain that makes no sense has no room, and goes back with the next frame.
                 let room = GuestBuffers::writable(memory, chain).unwrap_or_else(|_| GuestBuffers::empty());
                 buffers.push_back(Buffer { head, room });
+                if buffers.back().is_some_and(|buffer| buffer.room.is_empty()) {
+                    self.refuse(memory, buffers)?;
+                    return Ok(Room::Refused);
+                }
+            }
+            // One system call takes no more pieces, and would leave out the rest without a word.
+            is_full = all.pieces() + buffers[next].room.pieces() > MAX_DESCRIPTORS;
+            if is_full {
+                break;
             }
             all.append(buffers[next].room.clone());
             next += 1;
         }
-        Ok((next > 0).then_some(all))
+        let is_final = is_full || !self.mergeable || next == usize::from(self.receive.size());
+        Ok(if next > 0 { Room::Found { room: all, is_final } } else { Room::None })
+    }
+
+    /// Gives all buffers at hand back unused, of which the last is none: a chain that makes no sense or has no room.
+    /// Those before it go with it, because what is put back into the queue would come before what was used.
+    fn refuse(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        buffers: &mut VecDeque<Buffer<'_>>,
+    ) -> Result<(), QueueError> {
+        let unused: Vec<_> = buffers.drain(..).map(|buffer| (buffer.head, 0)).collect();
+        self.receive.push_used_together(memory, &unused)
     }
 
     /// Reads a frame for which there may not be enough room, to see how long it is.
