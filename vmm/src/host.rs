@@ -10,6 +10,8 @@ use kvm_ioctls::{Cap, Kvm};
 
 /// Where KVM is found.
 const DEVICE: &str = "/dev/kvm";
+/// Where the host's processors are described.
+const CPU_INFO: &str = "/proc/cpuinfo";
 
 /// The version of the KVM API, unchanged since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -82,14 +84,30 @@ pub struct HostSupport {
 
 /// Says whether this host can run microVMs, and if not, why and what to do.
 pub fn host_support() -> Result<HostSupport, HostError> {
-    let kvm = open_kvm()?;
-    let virtualization = virtualization()?;
+    let (kvm, virtualization) = open_kvm_for_kernels()?;
     Ok(HostSupport { virtualization, max_vcpus: kvm.get_max_vcpus() })
 }
 
 /// Opens /dev/kvm and checks that it can do what the machine needs, whichever way it runs guests.
+#[cfg(test)]
 pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
-    let device = open_device(Path::new(DEVICE))?;
+    open_kvm_at(Path::new(DEVICE))
+}
+
+/// Opens /dev/kvm for a machine that runs a kernel, which takes a processor that can.
+pub(crate) fn open_kvm_for_kernels() -> Result<(Kvm, Virtualization), HostError> {
+    open_for_kernels(Path::new(DEVICE), Path::new(CPU_INFO))
+}
+
+/// The device comes first: where there is none, the processor is not what the user has to look at.
+fn open_for_kernels(device: &Path, cpu_info: &Path) -> Result<(Kvm, Virtualization), HostError> {
+    let kvm = open_kvm_at(device)?;
+    let cpu_info = std::fs::read_to_string(cpu_info).map_err(HostError::CpuInfo)?;
+    Ok((kvm, virtualization_in(&cpu_info).ok_or(HostError::EmulatedKernelMode)?))
+}
+
+fn open_kvm_at(path: &Path) -> Result<Kvm, HostError> {
+    let device = open_device(path)?;
     let kvm = kvm_from(device);
     if kvm.get_api_version() != API_VERSION {
         return Err(HostError::Version(kvm.get_api_version()));
@@ -98,12 +116,6 @@ pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
         Some((_, name)) => Err(HostError::MissingCapability(name)),
         None => Ok(kvm),
     }
-}
-
-/// The processor's virtualization; an error where KVM would emulate guest kernels.
-pub(crate) fn virtualization() -> Result<Virtualization, HostError> {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").map_err(HostError::CpuInfo)?;
-    virtualization_in(&cpuinfo).ok_or(HostError::EmulatedKernelMode)
 }
 
 fn open_device(path: &Path) -> Result<File, HostError> {
@@ -147,6 +159,20 @@ mod tests {
         let neither = "processor\t: 0\nflags\t\t: fpu vme avmx\nvmx flags\t: vnmi\nmodel name\t: svm\n";
         assert_eq!(virtualization_in(neither), None);
         assert_eq!(virtualization_in(""), None);
+    }
+
+    #[test]
+    fn without_a_device_the_processor_is_not_blamed() {
+        let folder = tempfile::tempdir().unwrap();
+        let cpu_info = folder.path().join("cpuinfo");
+        std::fs::write(&cpu_info, "flags\t\t: fpu\n").unwrap();
+        let refusal = |device: &Path| open_for_kernels(device, &cpu_info).err().unwrap();
+        let error = refusal(&folder.path().join("kvm"));
+        assert!(matches!(error, HostError::NoDevice), "{error}");
+        if open_kvm().is_ok() {
+            let error = refusal(Path::new(DEVICE));
+            assert!(matches!(error, HostError::EmulatedKernelMode), "{error}");
+        }
     }
 
     #[test]

@@ -131,8 +131,7 @@ enum Processors {
 impl Machine {
     /// Makes a machine and loads the kernel into it.
     pub fn new(config: MachineConfig) -> Result<Machine, MachineError> {
-        host::virtualization()?;
-        let kvm = host::open_kvm()?;
+        let (kvm, _) = host::open_kvm_for_kernels()?;
         let machine = Machine::without_kernel(&kvm, config.vcpus, config.memory, config.slots)?;
         let mut kernel = config.kernel;
         machine.load(Boot {
