@@ -73,7 +73,8 @@ fn map_aligned(length: usize) -> Result<MmapRegion, MmapRegionError> {
     }
 }
 
-/// Makes the memory that of the virtual machine, which must not outlive it.
+/// Makes the memory that of the virtual machine. Whoever keeps a descriptor of the machine has to keep the memory,
+/// too, and longer.
 pub(crate) fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
@@ -83,8 +84,10 @@ pub(crate) fn register(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryErro
             userspace_addr: region.as_ptr() as u64,
             flags: 0,
         };
-        // SAFETY: the region is a mapping of this size that lives as long as `memory`, which the caller keeps for
-        // as long as the virtual machine exists. All of the guest's memory is accessed as volatile.
+        // SAFETY: the region is a mapping of this size that lives as long as `memory`. The virtual machine lives as
+        // long as any descriptor of it or of its vCPUs; whoever owns one (machine, slots, vCPUs, and through them
+        // their threads) owns the memory as well, in a field that is dropped later. Where this process looks at the
+        // guest's memory, it does so by volatile or atomic accesses and system calls, never through a reference.
         unsafe { vm.set_user_memory_region(region) }.map_err(MemoryError::Register)?;
     }
     Ok(())

@@ -5,13 +5,15 @@ mod timeline;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::Killable;
 
 pub use self::timeline::Timeline;
 pub use crate::boot::BootError;
@@ -25,7 +27,7 @@ pub use crate::memory::MemoryError;
 use crate::serial::SerialPort;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
-use crate::vcpu::control::{Control, Phase, install_kick_handler, kick_signal};
+use crate::vcpu::control::{Control, Phase, install_kick_handler};
 use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::slot::Slot;
 pub use crate::virtio::mmio::slot::SlotError;
@@ -33,6 +35,9 @@ use crate::{GuestMemory, cpuid};
 
 /// Local APICs are numbered with 8 bits; one number means all of them, and one is the IOAPIC's.
 const MAX_VCPUS: u8 = 254;
+/// How long vCPUs and devices may take to come to rest. Usually that is a matter of milliseconds, but a disk of the
+/// host may keep a device waiting, and the device a vCPU.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What to build.
 #[derive(Debug)]
@@ -94,6 +99,9 @@ pub enum MachineError {
     /// The operating system refused something.
     #[error("the machine's events could not be created: {0}")]
     Event(#[from] io::Error),
+    /// A vCPU does not come to rest.
+    #[error("a vCPU did not stop within {} seconds: a device keeps it waiting", .0.as_secs())]
+    Busy(Duration),
     /// The machine was started before.
     #[error("the machine was started already")]
     StartedTwice,
@@ -166,7 +174,9 @@ impl Machine {
         let bus = Arc::new(Bus::new(serial, slots));
 
         let control = Arc::new(Control::new()?);
-        let waiting = create_vcpus(kvm, &vm, vcpus, &bus, &control)?;
+        let waiting = create_vcpus(kvm, &vm, vcpus, |vm, number, cpuid| {
+            Vcpu::new(vm, number, cpuid, bus.clone(), control.clone(), memory.clone())
+        })?;
         Ok(Machine {
             processors: Mutex::new(Processors::Waiting(waiting)),
             control,
@@ -219,13 +229,22 @@ impl Machine {
         Ok(())
     }
 
-    /// Halts all vCPUs; when this returns, none of them runs guest code.
+    /// Halts all vCPUs; when this returns without an error, none of them runs guest code. After an error they halt
+    /// as soon as they can.
     pub fn pause(&self) -> Result<(), MachineError> {
+        self.pause_within(PATIENCE)
+    }
+
+    fn pause_within(&self, patience: Duration) -> Result<(), MachineError> {
+        // Nobody is to resume the machine before it has come to rest.
+        let _processors = self.processors();
         if self.control.phase() == Phase::Running {
-            self.change_phase(Phase::Paused);
-            self.control.wait_until_idle();
+            self.control.set_phase(Phase::Paused);
         }
-        Ok(())
+        match self.control.wait_until_idle(patience) {
+            true => Ok(()),
+            false => Err(MachineError::Busy(patience)),
+        }
     }
 
     /// Lets paused vCPUs go on. The guest's clocks have gone on meanwhile.
@@ -266,27 +285,41 @@ impl Machine {
         self.control.exits()
     }
 
-    /// Ends the vCPUs and waits for their threads. The machine cannot be started again.
+    /// Ends the vCPUs and resets the devices, and waits for both. The machine cannot be started again.
+    ///
+    /// Data that a device has not delivered yet are lost. What a disk of the host keeps waiting for more than half a
+    /// minute is not waited for: it ends when it can, and keeps until then what it uses.
     pub fn stop(&self) {
-        self.change_phase(Phase::Stopped);
-        let mut processors = self.processors();
-        if let Processors::Started(threads) = &mut *processors {
-            for thread in threads.drain(..) {
+        self.stop_within(PATIENCE);
+    }
+
+    fn stop_within(&self, patience: Duration) {
+        self.control.set_phase(Phase::Stopped);
+        let before = std::mem::replace(&mut *self.processors(), Processors::Started(Vec::new()));
+        let ended = self.control.wait_until_ended(patience);
+        if let Processors::Started(threads) = before {
+            for thread in threads.into_iter().filter(|thread| ended || thread.is_finished()) {
                 // A vCPU that panicked has ended, too.
                 let _ = thread.join();
             }
         }
-        *processors = Processors::Started(Vec::new());
+        self.reset_devices(patience);
     }
 
-    /// First the new phase, then the kick: a vCPU that comes back looks at the phase.
-    fn change_phase(&self, phase: Phase) {
-        self.control.set_phase(phase);
-        if let Processors::Started(threads) = &*self.processors() {
-            for thread in threads.iter().filter(|thread| !thread.is_finished()) {
-                // It fails only for a thread that has ended.
-                let _ = thread.kill(kick_signal());
-            }
+    /// Resets the devices on a thread of its own, for which this one can stop to wait.
+    fn reset_devices(&self, patience: Duration) {
+        if self.bus.slots().iter().all(Slot::is_at_rest) {
+            return;
+        }
+        let (done, wait) = mpsc::channel::<()>();
+        let bus = self.bus.clone();
+        let reset = move || {
+            bus.slots().iter().for_each(Slot::reset);
+            drop(done);
+        };
+        if thread::Builder::new().name("reset".into()).spawn(reset).is_ok() {
+            // Nothing is ever sent: it ends with the other end of the channel, or in time.
+            let _ = wait.recv_timeout(patience);
         }
     }
 
@@ -336,8 +369,7 @@ fn create_vcpus(
     kvm: &Kvm,
     vm: &VmFd,
     count: u8,
-    bus: &Arc<Bus>,
-    control: &Arc<Control>,
+    create: impl Fn(&VmFd, u8, &CpuId) -> Result<Vcpu, VcpuError>,
 ) -> Result<Vec<Vcpu>, MachineError> {
     let refused = |what| move |source| MachineError::Kvm { what, source };
     let supported = cpuid::supported(kvm).map_err(refused("to list the processor's features"))?;
@@ -347,7 +379,7 @@ fn create_vcpus(
                 what: "the processor's features",
                 source: errno::Error::new(libc::E2BIG),
             })?;
-            Ok(Vcpu::new(vm, number, &cpuid, bus.clone(), control.clone())?)
+            Ok(create(vm, number, &cpuid)?)
         })
         .collect()
 }

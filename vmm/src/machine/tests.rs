@@ -3,10 +3,10 @@
 //! These tests need a /dev/kvm; any does, also one that emulates guest kernels. Where there is none they say so and
 //! pass: then they prove something in the project's test host only.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
+use kvm_ioctls::VcpuFd;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -14,11 +14,10 @@ use super::*;
 use crate::virtio::{ActivateError, Activation};
 
 const CODE: u64 = 0x1000;
-/// How long a guest may take before a test counts it as stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// `mov al, 0xfe; out 0x64, al`: the end of a guest.
 const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
+/// `again: inc dword es:[0x2000]; jmp again`
+const COUNT: [u8; 8] = [0x66, 0x26, 0xff, 0x06, 0x00, 0x20, 0xeb, 0xf8];
 
 /// A machine whose vCPU runs `code`, with DS at the registers of slot 0 and ES at 0. None without KVM.
 fn machine(code: &[u8]) -> Option<Machine> {
@@ -32,14 +31,17 @@ fn machine(code: &[u8]) -> Option<Machine> {
     let machine = Machine::without_kernel(&kvm, 1, 16 << 20, 2).unwrap();
     machine.memory.write_slice(code, GuestAddress(CODE)).unwrap();
     if let Processors::Waiting(vcpus) = &*machine.processors() {
-        let vcpu = vcpus[0].fd();
-        let mut system = vcpu.get_sregs().unwrap();
-        (system.cs.base, system.cs.selector) = (0, 0);
-        (system.ds.base, system.ds.limit, system.ds.g) = (layout::slot_address(0).0, 0xffff, 0);
-        vcpu.set_sregs(&system).unwrap();
-        vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
+        set_up(vcpus[0].fd(), CODE);
     }
     Some(machine)
+}
+
+fn set_up(vcpu: &VcpuFd, code: u64) {
+    let mut system = vcpu.get_sregs().unwrap();
+    (system.cs.base, system.cs.selector) = (0, 0);
+    (system.ds.base, system.ds.limit, system.ds.g) = (layout::slot_address(0).0, 0xffff, 0);
+    vcpu.set_sregs(&system).unwrap();
+    vcpu.set_regs(&kvm_regs { rip: code, rflags: 2, ..Default::default() }).unwrap();
 }
 
 fn wait_for_end(machine: &Machine) -> ExitReason {
@@ -144,8 +146,7 @@ fn slots_take_one_device_at_a_time() {
 
 #[test]
 fn a_paused_machine_stands_still() {
-    // again: inc dword es:[0x2000]; jmp again
-    let Some(machine) = machine(&[0x66, 0x26, 0xff, 0x06, 0x00, 0x20, 0xeb, 0xf8]) else { return };
+    let Some(machine) = machine(&COUNT) else { return };
     let counter = || machine.memory.read_obj::<u32>(GuestAddress(0x2000)).unwrap();
     machine.pause().unwrap();
     machine.resume().unwrap();
@@ -201,4 +202,92 @@ fn each_vcpu_has_a_thread_of_its_own() {
     let Processors::Started(threads) = &*machine.processors() else { panic!("it was started") };
     let names: Vec<_> = threads.iter().map(|thread| thread.thread().name().unwrap().to_owned()).collect();
     assert_eq!(names, ["vcpu0", "vcpu1", "vcpu2"]);
+}
+
+#[test]
+fn when_one_vcpu_ends_the_guest_the_others_stand_still() {
+    let Ok(kvm) = host::open_kvm() else { return };
+    let machine = Machine::without_kernel(&kvm, 2, 16 << 20, 0).unwrap();
+    // The first waits until the second counts, and ends the guest: `again: cmp dword es:[0x2000], 0; je again`.
+    let wait = [0x66, 0x26, 0x83, 0x3e, 0x00, 0x20, 0x00, 0x74, 0xf7];
+    machine.memory.write_slice(&[&wait[..], &RESET].concat(), GuestAddress(CODE)).unwrap();
+    machine.memory.write_slice(&COUNT, GuestAddress(CODE + 0x100)).unwrap();
+    if let Processors::Waiting(vcpus) = &*machine.processors() {
+        set_up(vcpus[0].fd(), CODE);
+        set_up(vcpus[1].fd(), CODE + 0x100);
+        let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        vcpus[1].fd().set_mp_state(runnable).unwrap();
+    }
+    machine.start().unwrap();
+    assert_eq!(wait_for_end(&machine), ExitReason::Reset);
+    machine.pause().unwrap();
+    let counter = || machine.memory.read_obj::<u32>(GuestAddress(0x2000)).unwrap();
+    let paused = counter();
+    assert_ne!(paused, 0);
+    thread::sleep(Duration::from_millis(2));
+    assert_eq!(counter(), paused);
+    assert!(machine.control.wait_until_ended(PATIENCE), "there is nothing left to do for them");
+}
+
+/// A device whose reset takes as long as someone holds the other end of the channel.
+struct Stuck(mpsc::Receiver<()>, mpsc::Sender<()>);
+
+impl VirtioDevice for Stuck {
+    fn device_type(&self) -> u32 {
+        0x41
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+
+    fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let _ = self.1.send(());
+        let _ = self.0.recv();
+    }
+}
+
+#[test]
+fn a_device_that_keeps_a_vcpu_waiting_holds_up_nobody_for_ever() {
+    // mov dword [0x70], 0; jmp $
+    let Some(machine) = machine(&[0x66, 0xc7, 0x06, 0x70, 0, 0, 0, 0, 0, 0xeb, 0xfe]) else { return };
+    let (let_go, held) = mpsc::channel();
+    let (arrived, arrives) = mpsc::channel();
+    machine.plug(0, Box::new(Stuck(held, arrived))).unwrap();
+    machine.start().unwrap();
+    arrives.recv_timeout(PATIENCE).unwrap();
+    let short = Duration::from_millis(20);
+    assert!(matches!(machine.pause_within(short), Err(MachineError::Busy(_))));
+    machine.stop_within(short);
+    assert!(!machine.control.wait_until_ended(Duration::ZERO), "it waits still");
+    drop(let_go);
+    assert!(machine.control.wait_until_ended(PATIENCE));
+    machine.pause().unwrap();
+}
+
+#[test]
+fn devices_are_reset_when_the_machine_stops() {
+    // The driver's first step: mov dword [0x70], 1
+    let acknowledge = [0x66, 0xc7, 0x06, 0x70, 0, 1, 0, 0, 0];
+    let Some(machine) = machine(&[&acknowledge[..], &RESET].concat()) else { return };
+    let (let_go, held) = mpsc::channel();
+    let (arrived, resets) = mpsc::channel();
+    drop(let_go);
+    machine.plug(0, Box::new(Stuck(held, arrived))).unwrap();
+    machine.start().unwrap();
+    assert_eq!(wait_for_end(&machine), ExitReason::Reset);
+    assert!(resets.try_recv().is_err());
+    machine.stop();
+    assert!(resets.try_recv().is_ok());
+    assert!(machine.unplug(0).unwrap().is_some(), "it keeps its place");
 }

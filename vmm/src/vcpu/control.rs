@@ -7,14 +7,15 @@
 //!      +---------------------------------------------------------+
 //! ```
 //!
-//! A change is written first and the vCPUs are kicked after it: a signal interrupts the one that runs guest code, and
+//! A change is written first and the vCPUs are kicked after it, both under the lock: a signal interrupts the one that runs guest code, and
 //! its handler sets `immediate_exit`, so that one which is just about to enter the guest comes back at once.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void, siginfo_t};
@@ -48,13 +49,28 @@ struct State {
     phase: Phase,
     /// How many vCPUs are running guest code, or may be about to.
     running: usize,
+    /// How many threads of vCPUs there are.
+    threads: usize,
+    /// Those of them that can be kicked.
+    kickable: Vec<libc::pthread_t>,
     exit_reason: Option<ExitReason>,
+}
+
+impl State {
+    /// Has each vCPU come back from the guest and look at the phase.
+    fn kick(&self) {
+        for thread in &self.kickable {
+            // SAFETY: the thread has not ended: it takes itself off the list before, for which it needs the lock.
+            let _ = unsafe { libc::pthread_kill(*thread, kick_signal()) };
+        }
+    }
 }
 
 impl Control {
     /// Paused, with no vCPU yet.
     pub(crate) fn new() -> std::io::Result<Self> {
-        let state = State { phase: Phase::Paused, running: 0, exit_reason: None };
+        let state =
+            State { phase: Phase::Paused, running: 0, threads: 0, kickable: Vec::new(), exit_reason: None };
         Ok(Self {
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -63,12 +79,15 @@ impl Control {
         })
     }
 
-    /// Asks for another phase; the vCPUs have to be kicked afterwards. A stopped machine stays stopped.
+    /// Asks for another phase. A stopped machine stays stopped.
     pub(crate) fn set_phase(&self, phase: Phase) {
         let mut state = self.lock();
         if state.phase != Phase::Stopped {
             state.phase = phase;
-            self.changed.notify_all();
+        }
+        self.changed.notify_all();
+        if state.phase != Phase::Running {
+            state.kick();
         }
     }
 
@@ -76,13 +95,27 @@ impl Control {
         self.lock().phase
     }
 
-    /// Waits until no vCPU runs guest code.
-    pub(crate) fn wait_until_idle(&self) {
-        let state = self.lock();
-        let _state = self
-            .changed
-            .wait_while(state, |state| state.running > 0 && state.phase != Phase::Running)
-            .unwrap_or_else(PoisonError::into_inner);
+    /// Waits until no vCPU runs guest code, and returns whether it came to that in time. A vCPU that waits for a
+    /// device cannot be kicked.
+    pub(crate) fn wait_until_idle(&self, patience: Duration) -> bool {
+        self.wait_while(patience, |state| state.running > 0)
+    }
+
+    /// Waits until all threads of vCPUs have ended, and returns whether they did in time.
+    pub(crate) fn wait_until_ended(&self, patience: Duration) -> bool {
+        self.wait_while(patience, |state| state.threads > 0)
+    }
+
+    fn wait_while(&self, patience: Duration, condition: impl Fn(&State) -> bool) -> bool {
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, |state| condition(state));
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !condition(&state)
+    }
+
+    /// Counts one more thread of a vCPU, until what is returned is dropped.
+    pub(super) fn add_thread(self: &Arc<Self>) -> ThreadCount {
+        self.lock().threads += 1;
+        ThreadCount { control: self.clone() }
     }
 
     /// Readable once the guest ended by itself.
@@ -96,10 +129,12 @@ impl Control {
 
     /// How often vCPUs returned from the guest to this process.
     pub(crate) fn exits(&self) -> u64 {
+        // Relaxed: it is a figure, and nothing depends on it.
         self.exits.load(Ordering::Relaxed)
     }
 
     pub(super) fn count_exit(&self) {
+        // Relaxed: as above.
         self.exits.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -123,12 +158,25 @@ impl Control {
         state.phase = Phase::Stopped;
         state.exit_reason.get_or_insert(reason);
         self.changed.notify_all();
+        state.kick();
         // It fails only when the counter is full, and then the event is readable.
         let _ = self.exit_event.write(1);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A thread of a vCPU, as long as it exists.
+pub(super) struct ThreadCount {
+    control: Arc<Control>,
+}
+
+impl Drop for ThreadCount {
+    fn drop(&mut self) {
+        self.control.lock().threads -= 1;
+        self.control.changed.notify_all();
     }
 }
 
@@ -152,47 +200,52 @@ impl Drop for Turn<'_> {
 }
 
 /// The signal that interrupts a vCPU.
-pub(crate) fn kick_signal() -> c_int {
+fn kick_signal() -> c_int {
     SIGRTMIN()
 }
 
 /// Installs the handler of the kick, once in the process.
 pub(crate) fn install_kick_handler() -> Result<(), errno::Error> {
-    static ONCE: Once = Once::new();
-    let mut result = Ok(());
-    ONCE.call_once(|| result = register_signal_handler(kick_signal(), on_kick));
-    result
+    static INSTALLED: OnceLock<Result<(), errno::Error>> = OnceLock::new();
+    *INSTALLED.get_or_init(|| register_signal_handler(kick_signal(), on_kick))
 }
 
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs, or null. Without a destructor and a lazy initializer it can be
     /// read in a signal handler.
-    static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
 extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     let immediate_exit = IMMEDIATE_EXIT.get();
     if !immediate_exit.is_null() {
-        // SAFETY: the pointer is set by this thread alone, to a field of `kvm_run` that stays mapped until
-        // `Kickable` has set it to null again.
-        unsafe { &*immediate_exit }.store(1, Ordering::SeqCst);
+        // SAFETY: the pointer leads to a byte of `kvm_run`, which is mapped as long as the vCPU that `Kickable`
+        // borrows; that sets it to null before it ends. No other thread writes there, since the handler runs on the
+        // one that owns the vCPU, and the write is volatile because this thread's own code, which it interrupts, and
+        // the kernel know nothing of it.
+        unsafe { immediate_exit.write_volatile(1) };
     }
 }
 
 /// A vCPU whose thread can be kicked.
 pub(super) struct Kickable<'a> {
     vcpu: &'a mut VcpuFd,
+    control: &'a Control,
+    thread: libc::pthread_t,
 }
 
 impl<'a> Kickable<'a> {
     /// Lets this thread be kicked out of the vCPU. All other signals are left to the process's other threads.
-    pub(super) fn new(vcpu: &'a mut VcpuFd) -> Self {
+    pub(super) fn new(vcpu: &'a mut VcpuFd, control: &'a Control) -> Self {
         // Neither fails for signals that exist.
         let _ = SigSet::all().thread_block();
         let immediate_exit = ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit);
-        IMMEDIATE_EXIT.set(immediate_exit.cast_const().cast());
+        IMMEDIATE_EXIT.set(immediate_exit);
         let _ = unblock_signal(kick_signal());
-        Self { vcpu }
+        // SAFETY: it has no preconditions.
+        let thread = unsafe { libc::pthread_self() };
+        control.lock().kickable.push(thread);
+        Self { vcpu, control, thread }
     }
 
     /// The vCPU.
@@ -203,6 +256,7 @@ impl<'a> Kickable<'a> {
 
 impl Drop for Kickable<'_> {
     fn drop(&mut self) {
-        IMMEDIATE_EXIT.set(ptr::null());
+        self.control.lock().kickable.retain(|thread| *thread != self.thread);
+        IMMEDIATE_EXIT.set(ptr::null_mut());
     }
 }

@@ -16,6 +16,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
 use self::control::{Control, Kickable};
+use crate::GuestMemory;
 use crate::bus::Bus;
 use crate::machine::ExitReason;
 
@@ -51,6 +52,8 @@ pub(crate) struct Vcpu {
     fd: VcpuFd,
     bus: Arc<Bus>,
     control: Arc<Control>,
+    /// Of a machine that is gone a vCPU can be left over, which then keeps what its guest runs in.
+    _memory: GuestMemory,
 }
 
 impl Vcpu {
@@ -61,6 +64,7 @@ impl Vcpu {
         cpuid: &CpuId,
         bus: Arc<Bus>,
         control: Arc<Control>,
+        memory: GuestMemory,
     ) -> Result<Self, VcpuError> {
         let refused = |what| move |source| VcpuError::Kvm { what, vcpu: number, source };
         let fd = vm.create_vcpu(number.into()).map_err(refused("the creation"))?;
@@ -68,7 +72,7 @@ impl Vcpu {
         fd.set_cpuid2(cpuid).map_err(refused("the CPUID"))?;
         registers::enable_extended_states(&fd, cpuid).map_err(refused("the extended states"))?;
         registers::set_msrs(&fd).map_err(refused("the model-specific registers"))?;
-        Ok(Self { number, fd, bus, control })
+        Ok(Self { number, fd, bus, control, _memory: memory })
     }
 
     /// Makes this the boot processor, which enters the kernel here.
@@ -87,16 +91,20 @@ impl Vcpu {
     /// Starts the vCPU's thread. It runs guest code when the control says so.
     pub(crate) fn spawn(self) -> Result<JoinHandle<()>, VcpuError> {
         let number = self.number;
+        let count = self.control.add_thread();
         thread::Builder::new()
             .name(format!("vcpu{number}"))
             .stack_size(STACK)
-            .spawn(move || self.run())
+            .spawn(move || {
+                let _count = count;
+                self.run();
+            })
             .map_err(|source| VcpuError::Thread { vcpu: number, source })
     }
 
     /// Runs guest code whenever it may, until the end.
     fn run(mut self) {
-        let mut vcpu = Kickable::new(&mut self.fd);
+        let mut vcpu = Kickable::new(&mut self.fd, &self.control);
         let mut was_paused = false;
         while let Some(turn) = self.control.enter() {
             if was_paused {

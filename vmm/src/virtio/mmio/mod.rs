@@ -213,7 +213,13 @@ impl Transport {
         features & !self.offered_features() == 0 && features & VERSION_1 != 0
     }
 
-    fn reset(&mut self) {
+    /// Whether there is nothing that a reset would change.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.status() == status::RESET
+    }
+
+    /// Stops the device, and forgets all that the driver wrote.
+    pub(crate) fn reset(&mut self) {
         self.device.reset();
         self.driver = DriverState::new(self.device.queue_sizes());
         self.interrupt.reset();

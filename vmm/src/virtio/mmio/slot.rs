@@ -90,6 +90,21 @@ impl Slot {
         Some(plugged.transport.into_device())
     }
 
+    /// Stops the device, if there is one, and leaves it in its place.
+    pub(crate) fn reset(&self) {
+        if let Some(plugged) = self.lock().as_mut() {
+            plugged.transport.reset();
+        }
+    }
+
+    /// Whether there is no device that a driver has touched. One that is busy at the moment has been.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        match self.plugged.try_lock() {
+            Ok(plugged) => plugged.as_ref().is_none_or(|plugged| plugged.transport.is_at_rest()),
+            Err(_) => false,
+        }
+    }
+
     /// A driver's read.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         match self.lock().as_ref() {
