@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     })?;
     let first_message = Arc::new(OnceLock::new());
     machine.mirror_console(Box::new(Screen { first_message: first_message.clone() }));
-    let events = EventLoop::spawn("devices")?;
+    let events = EventLoop::spawn_confined("devices")?;
     machine.plug(1, Box::new(RngDevice::new(events.handle())))?;
     machine.start()?;
 

@@ -4,9 +4,18 @@
 //! output (block, file system) have one of their own, so that a slow disk delays no packet.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+
+use crate::confine;
+
+/// How long the end of a loop is waited for.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a loop drives: a device's worker, which owns the device's queues.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -35,17 +44,25 @@ pub enum EventLoopError {
     Change(event_manager::Error),
 }
 
-/// A running loop. It lives until the process ends.
+/// A running loop. It ends with this value and all its handles, and with it the workers that are still there.
 #[derive(Debug)]
 pub struct EventLoop {
     handle: EventLoopHandle,
-    _thread: JoinHandle<()>,
 }
 
 /// A way to add workers to a loop and take them back, from any thread but the loop's own.
 #[derive(Clone)]
 pub struct EventLoopHandle {
+    running: Arc<Running>,
+}
+
+/// The loop's thread, seen from the others.
+struct Running {
     endpoint: RemoteEndpoint<Subscriber>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    /// Disconnected when the thread ends.
+    end: Mutex<mpsc::Receiver<()>>,
 }
 
 impl std::fmt::Debug for EventLoopHandle {
@@ -54,19 +71,54 @@ impl std::fmt::Debug for EventLoopHandle {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Relaxed: the wake-up that follows orders it.
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.endpoint.kick();
+        let Some(thread) = self.thread.take().filter(|thread| thread.thread().id() != thread::current().id())
+        else {
+            return;
+        };
+        let end = self.end.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // A worker may wait for a disk of the host that never answers.
+        if end.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected) {
+            // A worker that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl EventLoop {
-    /// Starts a thread of this name (at most 15 bytes are shown by the kernel).
+    /// Starts a thread of this name (at most 15 bytes are shown by the kernel), with the capabilities that the
+    /// calling one has.
     pub fn spawn(name: &str) -> Result<EventLoop, EventLoopError> {
+        Self::spawn_with(name, || ())
+    }
+
+    /// Starts a thread of this name without any capability, which is enough for all devices but file systems.
+    pub fn spawn_confined(name: &str) -> Result<EventLoop, EventLoopError> {
+        Self::spawn_with(name, confine::drop_capabilities)
+    }
+
+    fn spawn_with(name: &str, prepare: fn()) -> Result<EventLoop, EventLoopError> {
         let create = |source| EventLoopError::Create { name: name.to_owned(), source };
         let mut manager = EventManager::<Subscriber>::new().map_err(create)?;
-        let handle = EventLoopHandle { endpoint: manager.remote_endpoint() };
+        let endpoint = manager.remote_endpoint();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (alive, end) = mpsc::channel();
+        let stopped = stop.clone();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .stack_size(256 << 10)
-            // A failed wait leaves nothing to serve devices with: the thread ends, and so do its devices.
-            .spawn(move || while manager.run().is_ok() {})
+            .spawn(move || {
+                let _alive: mpsc::Sender<()> = alive;
+                prepare();
+                run(&mut manager, &stopped);
+            })
             .map_err(|source| EventLoopError::Thread { name: name.to_owned(), source })?;
-        Ok(EventLoop { handle, _thread: thread })
+        let running = Running { endpoint, stop, thread: Some(thread), end: Mutex::new(end) };
+        Ok(EventLoop { handle: EventLoopHandle { running: Arc::new(running) } })
     }
 
     /// A handle for devices to keep.
@@ -75,17 +127,31 @@ impl EventLoop {
     }
 }
 
+/// Drives the workers until the end is asked for.
+fn run(manager: &mut EventManager<Subscriber>, stop: &AtomicBool) {
+    // Relaxed: as for the other side.
+    while !stop.load(Ordering::Relaxed) {
+        if let Err(error) = manager.run() {
+            // The epoll descriptor itself is broken, which nothing that a guest does can bring about. To go on would
+            // leave it with devices that never answer.
+            panic!("the events of devices cannot be waited for: {error}");
+        }
+    }
+}
+
 impl EventLoopHandle {
     /// Adds a worker; its `init` runs on the loop's thread before this returns.
     pub fn add(&self, subscriber: Subscriber) -> Result<SubscriberId, EventLoopError> {
-        self.endpoint
+        self.running
+            .endpoint
             .call_blocking(|manager| Ok::<_, event_manager::Error>(manager.add_subscriber(subscriber)))
             .map_err(EventLoopError::Change)
     }
 
     /// Takes a worker back. When this returns the loop no longer runs it.
     pub fn remove(&self, id: SubscriberId) -> Result<Subscriber, EventLoopError> {
-        self.endpoint
+        self.running
+            .endpoint
             .call_blocking(move |manager| manager.remove_subscriber(id))
             .map_err(EventLoopError::Change)
     }
@@ -93,8 +159,6 @@ impl EventLoopHandle {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-
     use event_manager::{EventOps, EventSet, Events};
     use vmm_sys_util::eventfd::EventFd;
 
@@ -128,5 +192,42 @@ mod tests {
         event.write(4).unwrap();
         assert!(heard.recv().is_err(), "the worker is gone, and its end of the channel with it");
         assert!(events.remove(id).is_err(), "it can be taken back once");
+    }
+
+    #[test]
+    fn a_loop_ends_with_its_last_handle_and_takes_its_workers_along() {
+        let events = EventLoop::spawn("test").unwrap();
+        let device = events.handle();
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (rang, heard) = mpsc::channel();
+        device.add(Box::new(Bell { event: event.try_clone().unwrap(), rang })).unwrap();
+        drop(events);
+        event.write(5).unwrap();
+        assert_eq!(heard.recv().unwrap(), 5, "a device still needs it");
+        drop(device);
+        assert_eq!(heard.try_recv(), Err(mpsc::TryRecvError::Disconnected), "it was waited for");
+    }
+
+    /// Tells of the capabilities of the thread that it is on.
+    struct Capabilities(mpsc::Sender<usize>);
+
+    impl MutEventSubscriber for Capabilities {
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+
+        fn init(&mut self, _: &mut EventOps<'_>) {
+            self.0.send(caps::read(None, caps::CapSet::Permitted).unwrap().len()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_confined_loop_has_no_capabilities() {
+        let (tell, hear) = mpsc::channel();
+        let own = caps::read(None, caps::CapSet::Permitted).unwrap().len();
+        for (events, expected) in
+            [(EventLoop::spawn("test").unwrap(), own), (EventLoop::spawn_confined("test").unwrap(), 0)]
+        {
+            events.handle().add(Box::new(Capabilities(tell.clone()))).unwrap();
+            assert_eq!(hear.recv().unwrap(), expected);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod boot;
 mod bus;
+pub mod confine;
 mod console;
 mod cpuid;
 pub mod event_loop;

@@ -205,6 +205,18 @@ fn each_vcpu_has_a_thread_of_its_own() {
 }
 
 #[test]
+fn vcpus_have_no_capabilities() {
+    // mov dword [0x70], 0
+    let reset_device = [0x66, 0xc7, 0x06, 0x70, 0, 0, 0, 0, 0];
+    let Some(machine) = machine(&[&reset_device[..], &RESET].concat()) else { return };
+    let (tell, hear) = mpsc::channel();
+    let count = move || tell.send(caps::read(None, caps::CapSet::Permitted).unwrap().len()).unwrap();
+    machine.plug(0, Box::new(OnReset(count))).unwrap();
+    machine.start().unwrap();
+    assert_eq!(hear.recv_timeout(PATIENCE).unwrap(), 0);
+}
+
+#[test]
 fn when_one_vcpu_ends_the_guest_the_others_stand_still() {
     let Ok(kvm) = host::open_kvm() else { return };
     let machine = Machine::without_kernel(&kvm, 2, 16 << 20, 0).unwrap();
@@ -229,10 +241,10 @@ fn when_one_vcpu_ends_the_guest_the_others_stand_still() {
     assert!(machine.control.wait_until_ended(PATIENCE), "there is nothing left to do for them");
 }
 
-/// A device whose reset takes as long as someone holds the other end of the channel.
-struct Stuck(mpsc::Receiver<()>, mpsc::Sender<()>);
+/// A device that does something at its reset.
+struct OnReset<F>(F);
 
-impl VirtioDevice for Stuck {
+impl<F: FnMut() + Send> VirtioDevice for OnReset<F> {
     fn device_type(&self) -> u32 {
         0x41
     }
@@ -252,8 +264,7 @@ impl VirtioDevice for Stuck {
     }
 
     fn reset(&mut self) {
-        let _ = self.1.send(());
-        let _ = self.0.recv();
+        self.0();
     }
 }
 
@@ -263,7 +274,11 @@ fn a_device_that_keeps_a_vcpu_waiting_holds_up_nobody_for_ever() {
     let Some(machine) = machine(&[0x66, 0xc7, 0x06, 0x70, 0, 0, 0, 0, 0, 0xeb, 0xfe]) else { return };
     let (let_go, held) = mpsc::channel();
     let (arrived, arrives) = mpsc::channel();
-    machine.plug(0, Box::new(Stuck(held, arrived))).unwrap();
+    let wait = move || {
+        let _ = arrived.send(());
+        let _: Result<(), _> = held.recv();
+    };
+    machine.plug(0, Box::new(OnReset(wait))).unwrap();
     machine.start().unwrap();
     arrives.recv_timeout(PATIENCE).unwrap();
     let short = Duration::from_millis(20);
@@ -280,10 +295,8 @@ fn devices_are_reset_when_the_machine_stops() {
     // The driver's first step: mov dword [0x70], 1
     let acknowledge = [0x66, 0xc7, 0x06, 0x70, 0, 1, 0, 0, 0];
     let Some(machine) = machine(&[&acknowledge[..], &RESET].concat()) else { return };
-    let (let_go, held) = mpsc::channel();
-    let (arrived, resets) = mpsc::channel();
-    drop(let_go);
-    machine.plug(0, Box::new(Stuck(held, arrived))).unwrap();
+    let (tell, resets) = mpsc::channel();
+    machine.plug(0, Box::new(OnReset(move || tell.send(()).unwrap()))).unwrap();
     machine.start().unwrap();
     assert_eq!(wait_for_end(&machine), ExitReason::Reset);
     assert!(resets.try_recv().is_err());

@@ -16,9 +16,9 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
 use self::control::{Control, Kickable};
-use crate::GuestMemory;
 use crate::bus::Bus;
 use crate::machine::ExitReason;
+use crate::{GuestMemory, confine};
 
 /// Room for the loop, for the registers of a device and for its activation.
 const STACK: usize = 256 << 10;
@@ -97,6 +97,7 @@ impl Vcpu {
             .stack_size(STACK)
             .spawn(move || {
                 let _count = count;
+                confine::drop_capabilities();
                 self.run();
             })
             .map_err(|source| VcpuError::Thread { vcpu: number, source })

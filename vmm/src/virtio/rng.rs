@@ -189,6 +189,15 @@ mod tests {
     }
 
     #[test]
+    fn a_device_whose_loop_has_ended_says_so() {
+        let guest = Guest::new(&[QUEUE_SIZE]);
+        let device = running(&guest, 0);
+        assert!(!guest.interrupt.is_reset_needed());
+        drop(device);
+        assert!(guest.interrupt.is_reset_needed());
+    }
+
+    #[test]
     fn a_device_that_cannot_hear_its_driver_says_so() {
         let guest = Guest::new(&[QUEUE_SIZE]);
         let mut device = RngDevice::new(EventLoop::spawn("test").unwrap().handle());

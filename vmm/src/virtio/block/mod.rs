@@ -62,7 +62,7 @@ impl BlockDevice {
     /// last whole sector of 512 are out of reach.
     pub fn new(image: File, read_only: bool) -> Result<Self, BlockError> {
         let disk = Arc::new(Disk::new(image, read_only)?);
-        let events = EventLoop::spawn("virtio-blk")?;
+        let events = EventLoop::spawn_confined("virtio-blk")?;
         Ok(Self { disk, post: Post::new(events.handle()), _events: events })
     }
 
