@@ -72,9 +72,10 @@ pub struct BalloonHandle {
 impl BalloonHandle {
     /// Asks the guest to give up this many pages of 4 KiB in all. It does so in its own time, or not at all.
     pub fn set_target(&self, pages: u32) {
-        self.shared.target.store(pages, Ordering::SeqCst);
-        if let Some(interrupt) = &*self.shared.interrupt() {
-            interrupt.config_changed();
+        let store = || self.shared.target.store(pages, Ordering::SeqCst);
+        match &*self.shared.interrupt() {
+            Some(interrupt) => interrupt.change_config(store),
+            None => store(),
         }
     }
 

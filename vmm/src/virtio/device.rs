@@ -4,8 +4,8 @@
 //! the driver sets DRIVER_OK it hands the queues to the device, which moves them into a worker on an
 //! [event loop](crate::event_loop). A reset takes them back.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,7 +31,7 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
 
     /// Reads from the device's configuration space. Bytes beyond its end read as zero. What a worker changes
-    /// there it announces with [`Interrupt::config_changed`], after the change.
+    /// there it changes within [`Interrupt::change_config`].
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Writes to the device's configuration space. Most devices have nothing there that a driver may write.
@@ -94,7 +94,8 @@ pub enum ActivateError {
 #[derive(Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,
-    generation: Arc<AtomicU32>,
+    /// How often the configuration changed; held while it changes or is read.
+    generation: Arc<Mutex<u32>>,
     needs_reset: Arc<AtomicBool>,
     line: Arc<EventFd>,
 }
@@ -110,18 +111,20 @@ impl Interrupt {
         self.raise(INTERRUPT_USED_BUFFER);
     }
 
-    /// Tells the driver that the configuration changed. A driver that is reading it at this moment sees the
-    /// generation change, and reads again.
-    pub fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+    /// Changes the configuration, and tells the driver. One that is in the middle of reading it sees the generation
+    /// change with it, and reads again (virtio 1.2, section 2.5.1).
+    pub fn change_config(&self, change: impl FnOnce()) {
+        let mut generation = self.lock_config();
+        change();
+        *generation = generation.wrapping_add(1);
+        drop(generation);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
     /// Tells the driver that the device cannot go on before a reset (DEVICE_NEEDS_RESET): the driver broke a
     /// rule that leaves no way to continue, such as an available index beyond the queue.
     pub fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::SeqCst);
-        self.config_changed();
+        self.change_config(|| self.needs_reset.store(true, Ordering::SeqCst));
     }
 
     /// The reasons that the driver has not acknowledged yet.
@@ -136,7 +139,13 @@ impl Interrupt {
 
     /// How often the configuration changed.
     pub(crate) fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
+        *self.lock_config()
+    }
+
+    /// As long as this is held, the configuration does not change.
+    pub(crate) fn lock_config(&self) -> MutexGuard<'_, u32> {
+        // A counter is whole whatever happened while it was held.
+        self.generation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the device asked for a reset.
@@ -181,7 +190,7 @@ mod tests {
         let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let interrupt = Interrupt::new(status.clone(), line.clone());
         interrupt.used_buffers();
-        interrupt.config_changed();
+        interrupt.change_config(|| ());
         assert_eq!(status.load(Ordering::SeqCst), INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG_CHANGE);
         assert_eq!(line.read().unwrap(), 2);
     }

@@ -97,6 +97,7 @@ impl Transport {
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(offset) = offset.checked_sub(registers::CONFIG) {
+            let _unchanged = self.interrupt.lock_config();
             self.device.read_config(offset, data);
         } else if let (Some(register), Ok(word)) = (Readable::at(offset), <&mut [u8; 4]>::try_from(data)) {
             *word = self.read_register(register).to_le_bytes();

@@ -373,7 +373,7 @@ fn verify_spec_4_2_2_interrupts_are_acknowledged_by_reason() {
     driver.start(VERSION_1);
     let interrupt = driver.log.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
     interrupt.used_buffers();
-    interrupt.config_changed();
+    interrupt.change_config(|| ());
     assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
     driver.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
     assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
@@ -386,8 +386,35 @@ fn verify_spec_2_5_1_the_generation_changes_with_the_configuration() {
     let mut driver = Driver::new();
     driver.start(VERSION_1);
     let before = driver.read(VIRTIO_MMIO_CONFIG_GENERATION);
-    driver.log.lock().unwrap().active.as_ref().unwrap().interrupt.config_changed();
+    driver.log.lock().unwrap().active.as_ref().unwrap().interrupt.change_config(|| ());
     assert_ne!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), before);
+}
+
+#[test]
+fn verify_spec_2_5_1_a_configuration_and_its_generation_change_together() {
+    let driver = Driver::new();
+    let interrupt = driver.transport.interrupt.clone();
+    // Both halves of a field always hold the same number, and so does the generation.
+    let log = driver.log.clone();
+    let changes = std::thread::spawn(move || {
+        for value in 1..=2000_u32 {
+            interrupt.change_config(|| {
+                log.lock().unwrap().config[..4].copy_from_slice(&value.to_le_bytes());
+                std::thread::yield_now();
+                log.lock().unwrap().config[4..].copy_from_slice(&value.to_le_bytes());
+            });
+        }
+    });
+    let mut last = 0;
+    while last < 2000 {
+        let before = driver.read(VIRTIO_MMIO_CONFIG_GENERATION);
+        let halves = [driver.read(VIRTIO_MMIO_CONFIG), driver.read(VIRTIO_MMIO_CONFIG + 4)];
+        last = driver.read(VIRTIO_MMIO_CONFIG_GENERATION);
+        if last == before {
+            assert_eq!(halves, [last; 2]);
+        }
+    }
+    changes.join().unwrap();
 }
 
 #[test]
