@@ -35,7 +35,8 @@ impl Stop {
         self.0.load(Ordering::Relaxed)
     }
 
-    fn request(&self) {
+    /// Now it is.
+    pub(crate) fn request(&self) {
         // Relaxed: as above.
         self.0.store(true, Ordering::Relaxed);
     }

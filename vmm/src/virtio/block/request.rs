@@ -9,9 +9,10 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::GuestMemoryMmap;
 
 use super::SECTOR;
-use super::disk::Disk;
+use super::disk::{Disk, go_on};
 use crate::virtio::buffers::GuestBuffers;
 use crate::virtio::virtqueue::Chain;
+use crate::virtio::worker::Stop;
 
 /// How many ranges one request may discard or zero.
 pub(super) const MAX_RANGES: u32 = 16;
@@ -39,11 +40,17 @@ impl From<io::Error> for Failure {
 
 /// Does what a chain asks for; returns how many bytes were written to it. A chain without sense or without a byte
 /// for the status stays without an answer.
-pub(super) fn serve(disk: &Disk, write_through: bool, memory: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
+pub(super) fn serve(
+    disk: &Disk,
+    write_through: bool,
+    stop: &Stop,
+    memory: &GuestMemoryMmap,
+    chain: Chain<'_>,
+) -> u32 {
     let Ok((mut data, mut status)) = GuestBuffers::both(memory, chain) else { return 0 };
     let Some(room_len) = status.len().checked_sub(1) else { return 0 };
     let room = status.split_front(room_len);
-    let code = match run(disk, write_through, &mut data, room) {
+    let code = match run(disk, write_through, stop, &mut data, room) {
         Ok(()) => VIRTIO_BLK_S_OK,
         Err(Failure::Error) => VIRTIO_BLK_S_IOERR,
         Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
@@ -56,6 +63,7 @@ pub(super) fn serve(disk: &Disk, write_through: bool, memory: &GuestMemoryMmap, 
 fn run(
     disk: &Disk,
     write_through: bool,
+    stop: &Stop,
     data: &mut GuestBuffers<'_>,
     mut room: GuestBuffers<'_>,
 ) -> Result<(), Failure> {
@@ -64,7 +72,7 @@ fn run(
     match kind {
         VIRTIO_BLK_T_IN => {
             let at = offset(disk, sector, room.len())?;
-            return Ok(disk.read(room, at)?);
+            return Ok(disk.read(room, at, stop)?);
         }
         VIRTIO_BLK_T_GET_ID => {
             room.write(disk.name());
@@ -76,9 +84,9 @@ fn run(
         }
         VIRTIO_BLK_T_OUT => {
             let at = offset(disk, sector, data.len())?;
-            disk.write(data.split_front(data.len()), at)?;
+            disk.write(data, at, stop)?;
         }
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => clear(disk, kind, data)?,
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => clear(disk, stop, kind, data)?,
         _ => return Err(Failure::Unsupported),
     }
     if write_through && kind != VIRTIO_BLK_T_FLUSH {
@@ -96,7 +104,7 @@ fn offset(disk: &Disk, sector: u64, len: usize) -> Result<u64, Failure> {
 }
 
 /// Discards ranges, or has them read as zeroes. All are checked before the first is touched.
-fn clear(disk: &Disk, kind: u32, data: &mut GuestBuffers<'_>) -> Result<(), Failure> {
+fn clear(disk: &Disk, stop: &Stop, kind: u32, data: &mut GuestBuffers<'_>) -> Result<(), Failure> {
     let (count, odd) = (data.len() / RANGE_LEN, data.len() % RANGE_LEN);
     if count == 0 || odd != 0 || count > MAX_RANGES as usize {
         return Err(Failure::Error);
@@ -116,9 +124,10 @@ fn clear(disk: &Disk, kind: u32, data: &mut GuestBuffers<'_>) -> Result<(), Fail
         ranges.push((disk.range(sector, sectors.into()).ok_or(Failure::Error)?, flags & UNMAP != 0));
     }
     for (range, unmap) in ranges {
+        go_on(stop)?;
         match kind {
             VIRTIO_BLK_T_DISCARD => disk.discard(range)?,
-            _ => disk.write_zeroes(range, unmap)?,
+            _ => disk.write_zeroes(range, unmap, stop)?,
         }
     }
     Ok(())

@@ -34,7 +34,7 @@ impl worker::Worker for Worker {
     fn process(&mut self, _: RawFd) -> Result<(), QueueError> {
         let (memory, batch) = (&*self.memory, (BATCH, Notify::Each));
         worker::serve(&mut self.queue, memory, &self.interrupt, &self.stop, batch, |chain| {
-            request::serve(&self.disk, self.write_through, memory, chain)
+            request::serve(&self.disk, self.write_through, &self.stop, memory, chain)
         })
     }
 }
