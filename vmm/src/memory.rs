@@ -126,6 +126,14 @@ mod tests {
         let memory = create(64 << 30).unwrap();
         assert_eq!(memory.last_addr().0, (65 << 30) - 1);
         assert!(!memory.address_in_range(crate::layout::slot_address(0)));
+        for region in memory.iter() {
+            let mut resident = vec![0xff_u8; 1 << 18];
+            // SAFETY: the range is mapped, and there is a byte of room for each of its pages.
+            let looked =
+                unsafe { libc::mincore(region.as_ptr().cast(), resident.len() << 12, resident.as_mut_ptr()) };
+            assert_eq!(looked, 0);
+            assert!(resident.iter().all(|page| page & 1 == 0), "no page of its first GiB exists");
+        }
     }
 
     #[test]

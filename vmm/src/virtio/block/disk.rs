@@ -28,6 +28,9 @@ pub(super) struct Disk {
     sectors: u64,
     read_only: bool,
     name: [u8; NAME_LEN],
+    /// How often it was flushed.
+    #[cfg(test)]
+    pub(super) flushes: std::sync::atomic::AtomicUsize,
 }
 
 impl Disk {
@@ -44,7 +47,14 @@ impl Disk {
             // No file has the inode 0.
             false => (metadata.rdev(), 0),
         };
-        Ok(Disk { image, sectors, read_only, name: name(device, inode) })
+        Ok(Disk {
+            image,
+            sectors,
+            read_only,
+            name: name(device, inode),
+            #[cfg(test)]
+            flushes: Default::default(),
+        })
     }
 
     /// How many sectors it has.
@@ -100,6 +110,8 @@ impl Disk {
 
     /// Puts all that was written on the disk for good.
     pub(super) fn flush(&self) -> io::Result<()> {
+        #[cfg(test)]
+        self.flushes.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         self.image.sync_data()
     }
 
