@@ -5,6 +5,8 @@ pub mod block;
 pub mod buffers;
 pub mod device;
 pub mod fs;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod hostile;
 pub(crate) mod mmio;
 pub mod net;
 pub mod rng;

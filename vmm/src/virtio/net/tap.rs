@@ -31,6 +31,11 @@ impl Tap {
 
     /// Tells the tap what the guest's driver agreed to.
     pub(super) fn configure(&self, features: u64) -> io::Result<()> {
+        #[cfg(any(test, feature = "fuzzing"))]
+        if nix::sys::socket::getsockname::<nix::sys::socket::UnixAddr>(self.0.as_raw_fd()).is_ok() {
+            // A socket that stands in for a tap carries frames as they are.
+            return Ok(());
+        }
         let size = HEADER as i32;
         // SAFETY: the request reads one integer, which `size` is.
         unsafe { ioctl::set_header_size(self.0.as_raw_fd(), &size) }?;

@@ -1,0 +1,6 @@
+//! The device for connections.
+#![no_main]
+
+use rvm_vmm::virtio::hostile;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| hostile::attack(hostile::vsock(), input));
