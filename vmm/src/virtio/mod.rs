@@ -12,6 +12,8 @@ pub mod net;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 pub mod virtqueue;
 pub mod vsock;
 pub(crate) mod worker;

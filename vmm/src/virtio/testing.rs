@@ -12,11 +12,13 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::mmio::Transport;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 
@@ -133,6 +135,42 @@ impl Guest {
     pub(crate) fn activate(&self, device: &mut dyn VirtioDevice, features: u64) {
         device.activate(self.activation(features)).unwrap();
         self.queues.iter().for_each(|queue| queue.kick.write(1).unwrap());
+    }
+
+    /// Starts a device on these queues by its registers, with all of its features. From then on kicks and interrupts
+    /// are those of the transport.
+    pub(crate) fn start(&mut self, device: Box<dyn VirtioDevice>) -> Transport {
+        let mut transport = Transport::new(device, self.memory.clone(), self.line.clone()).unwrap();
+        let mut write = |register: u32, value: u32| transport.write(register.into(), &value.to_le_bytes());
+        write(VIRTIO_MMIO_STATUS, 1);
+        write(VIRTIO_MMIO_STATUS, 3);
+        for half in 0..2 {
+            transport.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL.into(), &u32::to_le_bytes(half));
+            transport.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL.into(), &u32::to_le_bytes(half));
+            let mut features = [0; 4];
+            transport.read(VIRTIO_MMIO_DEVICE_FEATURES.into(), &mut features);
+            transport.write(VIRTIO_MMIO_DRIVER_FEATURES.into(), &features);
+        }
+        let mut write = |register: u32, value: u32| transport.write(register.into(), &value.to_le_bytes());
+        write(VIRTIO_MMIO_STATUS, 11);
+        for index in 0..self.queues.len() {
+            write(VIRTIO_MMIO_QUEUE_SEL, index as u32);
+            write(VIRTIO_MMIO_QUEUE_NUM, self.queues[index].size.into());
+            write(VIRTIO_MMIO_QUEUE_DESC_LOW, self.table(index).0 as u32);
+            write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, self.avail(index).0 as u32);
+            write(VIRTIO_MMIO_QUEUE_USED_LOW, self.used(index).0 as u32);
+            write(VIRTIO_MMIO_QUEUE_READY, 1);
+        }
+        write(VIRTIO_MMIO_STATUS, 15);
+        for (queue, kick) in self.queues.iter_mut().zip(transport.kicks()) {
+            queue.kick = kick.try_clone().unwrap();
+        }
+        transport
+    }
+
+    /// How many chains the device has used in all, modulo 2^16.
+    pub(crate) fn used_index(&self, queue: usize) -> u16 {
+        self.memory.load(self.used(queue).unchecked_add(2), Ordering::Acquire).unwrap()
     }
 
     fn active_queue(&self, index: usize, features: u64) -> ActiveQueue {
