@@ -79,7 +79,7 @@ impl Layout {
             let path = hierarchy.mount_point.join(base).join(&inner);
             directories.push(Directory { controllers: hierarchy.controllers.clone(), path });
         }
-        Ok(HostCgroup { version: self.version, directories })
+        Ok(HostCgroup { version: self.version, directories, scope: None })
     }
 
     /// Makes a cgroup's directory and those above it, ready for limits. `made` notes what was not there before.

@@ -6,6 +6,7 @@
 
 mod layout;
 pub mod limits;
+mod systemd;
 
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::cause::Cause;
 use layout::Layout;
 use limits::{ControlFile, Setting};
+use systemd::Scope;
 
 const PROCESSES: &str = "cgroup.procs";
 
@@ -38,9 +40,15 @@ pub enum CgroupError {
     /// What is mounted could not be found out.
     #[error("cannot find out the host's cgroups: {0}")]
     Unknown(Cause),
-    /// The systemd driver was asked for.
-    #[error("--systemd-cgroup: {0}")]
-    Systemd(&'static str),
+    /// systemd does not do what it was asked for.
+    #[error("--systemd-cgroup: systemd: {0}")]
+    Systemd(String),
+    /// The path is not of the form that names a scope.
+    #[error("linux.cgroupsPath: `{0}` is not of the form SLICE:PREFIX:NAME, which --systemd-cgroup needs")]
+    SystemdPath(String),
+    /// Version 1 knows no delegation.
+    #[error("--systemd-cgroup needs cgroup version 2; on this host, use the engine's cgroupfs driver")]
+    SystemdVersion,
     /// The path is that of a whole hierarchy.
     #[error("linux.cgroupsPath: {0} is the root of all cgroups; name one below it")]
     Root(PathBuf),
@@ -87,6 +95,9 @@ pub enum CgroupError {
 pub struct HostCgroup {
     version: Version,
     directories: Vec<Directory>,
+    /// The unit, if systemd is to make it.
+    #[serde(default)]
+    scope: Option<Scope>,
 }
 
 /// Controls with their contents.
@@ -112,19 +123,35 @@ impl HostCgroup {
     /// Where the cgroup that a description asks for will be; so far nothing is made. One that is in use already is
     /// refused: whoever records this cgroup may kill what is in it.
     pub fn locate(spec: &Spec, id: &str, systemd: bool) -> Result<HostCgroup, CgroupError> {
-        if systemd {
-            return Err(CgroupError::Systemd(systemd_problem()));
-        }
         let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
-        let cgroup = Layout::read()?.locate(path, id)?;
+        let scope = systemd.then(|| Scope::of(path, id)).transpose()?;
+        let inner = scope.as_ref().map(Scope::path);
+        let mut cgroup = Layout::read()?.locate(inner.as_deref().or(path), id)?;
+        if scope.is_some() && cgroup.version == Version::V1 {
+            return Err(CgroupError::SystemdVersion);
+        }
+        cgroup.scope = scope;
         cgroup.require_unused()?;
         Ok(cgroup)
     }
 
-    /// Makes the located cgroup with the limits of its description. On failure nothing of it remains.
+    /// Makes the located cgroup with the limits of its description, unless systemd is to do that. On failure nothing
+    /// of it remains.
     pub fn make(&self, spec: &Spec) -> Result<(), CgroupError> {
-        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        self.make_in(&Layout::read()?, resources)
+        match self.scope {
+            Some(_) => Ok(()),
+            None => self.make_in(&Layout::read()?, resources_of(spec)),
+        }
+    }
+
+    /// Moves the first process into the cgroup. systemd makes a scope for it, which has the limits from then on.
+    pub fn add_first(&self, pid: u32, spec: &Spec) -> Result<(), CgroupError> {
+        let Some(scope) = &self.scope else { return self.add(pid) };
+        let limits = resources_of(spec).map(|resources| self.settings(resources)).unwrap_or_default();
+        scope.start(pid, &limits)?;
+        systemd::wait_until(|| self.pids().is_ok_and(|pids| pids.contains(&pid)))?;
+        // Exactly, and also those that systemd does not know.
+        self.set_all(&limits)
     }
 
     fn make_in(&self, layout: &Layout, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
@@ -171,11 +198,18 @@ impl HostCgroup {
 
     /// Sets limits; those that are not given stay as they are.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
-        // Some limits bound each other (memory with swap, quota with burst), so that the order in which they can
-        // be set depends on where they stand: what fails is tried again after the others.
-        let again: Vec<_> =
-            self.settings(resources).into_iter().filter(|setting| self.set(setting).is_err()).collect();
-        again.iter().try_for_each(|setting| self.set(setting))
+        let limits = self.settings(resources);
+        if let Some(scope) = &self.scope {
+            scope.update(&limits)?;
+        }
+        self.set_all(&limits)
+    }
+
+    /// Some limits bound each other (memory with swap, quota with burst), so that the order in which they can be set
+    /// depends on where they stand: what fails is tried again after the others.
+    fn set_all(&self, limits: &[Setting]) -> Result<(), CgroupError> {
+        let again: Vec<_> = limits.iter().filter(|setting| self.set(setting).is_err()).collect();
+        again.into_iter().try_for_each(|setting| self.set(setting))
     }
 
     fn settings(&self, resources: &LinuxResources) -> Vec<Setting> {
@@ -299,6 +333,10 @@ impl HostCgroup {
     }
 }
 
+fn resources_of(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
+}
+
 const PAUSE: Duration = Duration::from_millis(10);
 const KILL_ROUNDS: usize = 100;
 /// Killed processes leave their cgroup only when the kernel has freed their memory.
@@ -361,12 +399,4 @@ fn is_gone(error: &io::Error) -> bool {
 
 fn failed(what: &'static str, path: &Path, error: io::Error) -> CgroupError {
     CgroupError::Failed { what, path: path.into(), cause: error.into() }
-}
-
-fn systemd_problem() -> &'static str {
-    if Path::new("/run/systemd/system").is_dir() {
-        "rvm cannot ask systemd for a scope yet; use the engine's cgroupfs driver"
-    } else {
-        "systemd is not running on this host; use the engine's cgroupfs driver"
-    }
 }

@@ -150,7 +150,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     let console = size.map(Console::open).transpose().map_err(system("cannot make a terminal"))?;
     let launch = Launch { id: request.id, slave: console.as_ref().map(|console| console.slave.as_fd()) };
     let monitor = undo.monitor.insert(launch.spawn()?);
-    cgroup.add(monitor.pid().cast_unsigned())?;
+    cgroup.add_first(monitor.pid().cast_unsigned(), spec)?;
     request.log.debug(format!("{}: the monitor is process {}", request.id, monitor.pid()));
     let identity = ProcessIdentity::of(monitor.pid()).map_err(system("the monitor has ended"))?;
     record.monitor = Some(identity);
