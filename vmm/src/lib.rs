@@ -11,7 +11,7 @@ mod cpuid;
 pub mod event_loop;
 pub mod host;
 mod i8042;
-pub mod layout;
+mod layout;
 pub mod machine;
 mod memory;
 mod serial;

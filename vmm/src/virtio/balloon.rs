@@ -49,7 +49,8 @@ const BATCH: usize = 16;
 /// Where the driver writes how many pages are in the balloon.
 const CONFIG_ACTUAL: u64 = 4;
 
-/// What device and handle share.
+/// What device and handle share. The numbers are accessed Relaxed: each stands for itself, and what a driver has to see
+/// together is kept together by the lock of the configuration.
 #[derive(Default)]
 struct Shared {
     target: AtomicU32,
@@ -72,7 +73,7 @@ pub struct BalloonHandle {
 impl BalloonHandle {
     /// Asks the guest to give up this many pages of 4 KiB in all. It does so in its own time, or not at all.
     pub fn set_target(&self, pages: u32) {
-        let store = || self.shared.target.store(pages, Ordering::SeqCst);
+        let store = || self.shared.target.store(pages, Ordering::Relaxed);
         match &*self.shared.interrupt() {
             Some(interrupt) => interrupt.change_config(store),
             None => store(),
@@ -81,7 +82,7 @@ impl BalloonHandle {
 
     /// How many pages the guest says it has given up.
     pub fn actual(&self) -> u32 {
-        self.shared.actual.load(Ordering::SeqCst)
+        self.shared.actual.load(Ordering::Relaxed)
     }
 }
 
@@ -119,13 +120,13 @@ impl VirtioDevice for BalloonDevice {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let (target, actual) = (&self.shared.target, &self.shared.actual);
-        let fields = [target, actual].map(|field| field.load(Ordering::SeqCst).to_le_bytes());
+        let fields = [target, actual].map(|field| field.load(Ordering::Relaxed).to_le_bytes());
         read_padded(fields.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (CONFIG_ACTUAL, Ok(actual)) = (offset, data.try_into()) {
-            self.shared.actual.store(u32::from_le_bytes(actual), Ordering::SeqCst);
+            self.shared.actual.store(u32::from_le_bytes(actual), Ordering::Relaxed);
         }
     }
 
@@ -151,7 +152,7 @@ impl VirtioDevice for BalloonDevice {
         self.post.stop();
         *self.shared.interrupt() = None;
         // A balloon starts empty: the next driver knows nothing of the pages in it (section 5.5.5).
-        self.shared.actual.store(0, Ordering::SeqCst);
+        self.shared.actual.store(0, Ordering::Relaxed);
     }
 }
 

@@ -90,7 +90,8 @@ pub enum ActivateError {
     Io(#[from] std::io::Error),
 }
 
-/// The device's interrupt line with the registers behind it that a device changes while it runs.
+/// The device's interrupt line with the registers behind it that a device changes while it runs. They are accessed
+/// SeqCst: seldom enough for it to cost nothing, and a driver may take their order across registers for granted.
 #[derive(Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,

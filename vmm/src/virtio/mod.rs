@@ -2,8 +2,8 @@
 
 pub mod balloon;
 pub mod block;
-pub mod buffers;
-pub mod device;
+pub(crate) mod buffers;
+pub(crate) mod device;
 pub mod fs;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod hostile;
@@ -14,7 +14,7 @@ pub mod rng;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
-pub mod virtqueue;
+pub(crate) mod virtqueue;
 pub mod vsock;
 pub(crate) mod worker;
 
