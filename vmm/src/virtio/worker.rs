@@ -167,3 +167,39 @@ pub(crate) fn serve(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Guest, Part};
+
+    /// Serves a queue of three requests, the stop coming during one of them; returns how many came back.
+    fn served(batch: usize, notify: Notify, stop_at: u32) -> (u32, bool) {
+        let mut guest = Guest::new(&[4]);
+        (0..3).for_each(|_| assert!(guest.push(0, &[Part::In(8)]) < 4));
+        let mut queue = Virtqueue::from(guest.activation(0).queues.remove(0));
+        let (stop, mut count) = (Stop::default(), 0);
+        serve(&mut queue, &guest.memory, &guest.interrupt, &stop, (batch, notify), |_| {
+            count += 1;
+            if count == stop_at {
+                stop.request();
+            }
+            8
+        })
+        .unwrap();
+        assert_eq!(guest.used_index(0), count as u16);
+        (count, guest.interrupted())
+    }
+
+    #[test]
+    fn a_stop_ends_a_batch_after_the_request_under_way() {
+        assert_eq!(served(16, Notify::Batch, 1), (1, false));
+        assert_eq!(served(16, Notify::Each, 2), (2, true));
+    }
+
+    #[test]
+    fn a_batch_has_an_end() {
+        assert_eq!(served(2, Notify::Batch, u32::MAX), (2, true));
+        assert_eq!(served(16, Notify::Batch, u32::MAX), (3, true));
+    }
+}
