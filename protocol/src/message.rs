@@ -152,7 +152,8 @@ pub enum FromAgent {
         /// What came of it.
         result: Result<Reply, AgentError>,
     },
-    /// A process that the host started has ended, and what it had written has been sent.
+    /// A process that the host started has ended, and what it had written has been sent. What its descendants write
+    /// may follow for a moment.
     Exited {
         /// The process.
         process: ProcessId,

@@ -76,7 +76,7 @@ impl Built {
     /// Plugs the devices and lets the vCPUs run. This process's root is now the container's.
     pub fn start(self, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
         let Built { machine, files } = self;
-        let events = EventLoop::spawn("devices")?;
+        let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
         let streams = guest.listen(STREAM_PORT)?;

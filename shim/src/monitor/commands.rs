@@ -290,9 +290,7 @@ impl Service {
                 self.executions.remove(&process);
                 self.streams.forget(process);
             }
-            // Before it is started the agent knows no process of that name: it is killed when it is.
-            Some(execution) if execution.started => self.request(signal, Pending::Nobody),
-            Some(_) => {}
+            Some(_) => self.request(signal, Pending::Nobody),
         }
     }
 

@@ -2,11 +2,13 @@
 //!
 //! Threads inherit all of this, so it happens before the threads of devices and vCPUs are started.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::prctl;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 /// What a server of the container's files needs: to act as any user on any file. Nothing here reaches beyond
 /// the files, and the process's root is the container's.
@@ -22,10 +24,75 @@ const FILE_SERVER: [Capability; 9] = [
     Capability::CAP_SETUID,
 ];
 
+/// System calls that a monitor never needs once it is set up, and by which whoever took it over would go further:
+/// into other programs, processes, namespaces and mounts, and into the rarely used corners of the host's kernel.
+const REFUSED: &[libc::c_long] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_kcmp,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_chroot,
+    libc::SYS_pivot_root,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_open_tree,
+    libc::SYS_move_mount,
+    libc::SYS_fsopen,
+    libc::SYS_fspick,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_mount_setattr,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_socket,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_quotactl,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_clock_adjtime,
+    libc::SYS_adjtimex,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_modify_ldt,
+    libc::SYS_vhangup,
+    libc::SYS_syslog,
+    libc::SYS_personality,
+    libc::SYS_setpriority,
+    libc::SYS_migrate_pages,
+    libc::SYS_move_pages,
+    libc::SYS_mbind,
+    libc::SYS_set_mempolicy,
+];
+
 /// A change of the user ID changes no capabilities, and nothing changes that.
 const SECUREBITS: libc::c_int = libc::SECBIT_NO_SETUID_FIXUP | libc::SECBIT_NO_SETUID_FIXUP_LOCKED;
 
-/// Gives up new privileges and all capabilities but those of a file server.
+/// Gives up new privileges, the system calls that are not needed any more, and all capabilities but those of a file
+/// server.
 pub fn confine() -> io::Result<()> {
     prctl::set_no_new_privs()?;
     let held = caps::read(None, CapSet::Permitted).map_err(io::Error::other)?;
@@ -43,7 +110,14 @@ pub fn confine() -> io::Result<()> {
     let _ = caps::clear(None, CapSet::Inheritable);
     caps::set(None, CapSet::Effective, &kept).map_err(io::Error::other)?;
     caps::set(None, CapSet::Permitted, &kept).map_err(io::Error::other)?;
-    Ok(())
+    seccompiler::apply_filter(&filter().map_err(io::Error::other)?).map_err(io::Error::other)
+}
+
+/// Refuses with an error instead of ending the process: a container is worth more than the alarm.
+fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules: BTreeMap<_, _> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
 }
 
 fn keep_capabilities_across_users() -> io::Result<()> {
@@ -71,6 +145,22 @@ mod tests {
             nix::unistd::setfsuid(nix::unistd::Uid::from_raw(1234));
             assert_eq!(caps::read(None, CapSet::Effective).unwrap(), before);
             assert!(!caps::read(None, CapSet::Permitted).unwrap().contains(&Capability::CAP_SETPCAP));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn what_leads_further_is_refused_to_all_threads_from_then_on() {
+        // A filter belongs to a thread and to those that it starts.
+        std::thread::spawn(|| {
+            confine().unwrap();
+            let refused = std::thread::spawn(|| {
+                assert_eq!(nix::sched::unshare(nix::sched::CloneFlags::empty()), Err(Errno::EPERM));
+                std::process::Command::new("/bin/true").status().unwrap_err().raw_os_error()
+            });
+            assert_eq!(refused.join().unwrap(), Some(libc::EPERM));
+            assert!(std::fs::read("/proc/self/stat").is_ok(), "files are still served");
         })
         .join()
         .unwrap();

@@ -213,6 +213,8 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
     service.log_to(log);
+    // The threads that serve files run by now and keep theirs; this one deals with what is open already.
+    rvm_vmm::confine::drop_capabilities();
     send(socket, &FromMonitor::Ready, &[])?;
     Ok(service)
 }
