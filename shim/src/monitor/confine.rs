@@ -8,7 +8,10 @@ use std::io;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sys::prctl;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
 
 /// What a server of the container's files needs: to act as any user on any file. Nothing here reaches beyond
 /// the files, and the process's root is the container's.
@@ -35,7 +38,6 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_process_madvise,
     libc::SYS_pidfd_getfd,
     libc::SYS_kcmp,
-    libc::SYS_unshare,
     libc::SYS_setns,
     libc::SYS_chroot,
     libc::SYS_pivot_root,
@@ -114,8 +116,16 @@ pub fn confine() -> io::Result<()> {
 }
 
 /// Refuses with an error instead of ending the process: a container is worth more than the alarm.
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-    let rules: BTreeMap<_, _> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+fn filter() -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<_, _> = REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    // A thread that serves files has a umask of its own, and needs no more than that.
+    let more_than_umask = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Qword,
+        SeccompCmpOp::Ne,
+        u64::from(libc::CLONE_FS.cast_unsigned()),
+    )?;
+    rules.insert(libc::SYS_unshare, vec![SeccompRule::new(vec![more_than_umask])?]);
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64)?.try_into()
 }
@@ -129,6 +139,8 @@ fn keep_capabilities_across_users() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
 
     #[test]
@@ -156,7 +168,8 @@ mod tests {
         std::thread::spawn(|| {
             confine().unwrap();
             let refused = std::thread::spawn(|| {
-                assert_eq!(nix::sched::unshare(nix::sched::CloneFlags::empty()), Err(Errno::EPERM));
+                assert_eq!(unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS), Err(Errno::EPERM));
+                unshare(CloneFlags::CLONE_FS).unwrap();
                 std::process::Command::new("/bin/true").status().unwrap_err().raw_os_error()
             });
             assert_eq!(refused.join().unwrap(), Some(libc::EPERM));
