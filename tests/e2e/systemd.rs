@@ -85,7 +85,13 @@ impl Systemd {
 
     /// Runs a line of shell where systemd is the init.
     fn shell(&self, line: &str) -> Result<Outcome> {
-        run("nsenter", &["-t", &self.pid, "-m", "-p", "-C", "sh", "-c", line])
+        // A process from outside of a cgroup namespace cannot be moved by those within.
+        let enter = format!(
+            "mkdir -p {CGROUP}/stories && echo $$ > {CGROUP}/stories/cgroup.procs && \
+             exec nsenter -t {} -m -p -C sh -c \"$0\"",
+            self.pid
+        );
+        run("sh", &["-c", &enter, line])
     }
 }
 

@@ -137,7 +137,10 @@ fn push(guest: &mut Guest, request: &[u8]) {
 #[test]
 fn programs_find_a_file_system_as_they_know_it() {
     let Some(mounted) = Mounted::new() else { return skipped("root and /dev/fuse") };
-    mounted.run("cp -a /usr/include/linux . && diff -r /usr/include/linux linux && rm -r linux");
+    mounted.run(
+        "for i in $(seq 200); do mkdir -p tree/$((i % 7))/$((i % 3)) && seq $i > tree/$((i % 7))/$((i % 3))/$i; done && \
+         cp -a tree copy && diff -r tree copy && rm -r tree copy",
+    );
     mounted.run(
         "mkdir d && cd d && touch a && ln a b && ln -s a c && mkfifo f && mv b e && ls -la && rm -r ../d",
     );
