@@ -155,11 +155,11 @@ fn a_read_only_root_still_gets_its_mount_points() {
 
 #[test]
 fn a_read_only_root_still_gets_its_working_directory() {
-    let stage = Stage { cwd: "/link/work/here", ..Stage::new() };
+    let stage = Stage { cwd: "/link/deep/here", ..Stage::new() };
     symlink("/srv/../..", stage.path("rootfs/link")).unwrap();
     in_new_namespace(|| {
         stage.prepare(json!([guest_mount("/proc", "proc")]), true).unwrap().pivot().unwrap();
-        assert!(fs::metadata("/work/here").unwrap().is_dir());
+        assert!(fs::metadata("/deep/here").unwrap().is_dir());
         mount_proc();
     });
     let stage = Stage { cwd: "/run/work", ..Stage::new() };

@@ -139,7 +139,7 @@ fn programs_find_a_file_system_as_they_know_it() {
     let Some(mounted) = Mounted::new() else { return skipped("root and /dev/fuse") };
     mounted.run(
         "for i in $(seq 200); do mkdir -p tree/$((i % 7))/$((i % 3)) && seq $i > tree/$((i % 7))/$((i % 3))/$i; done && \
-         cp -a tree copy && diff -r tree copy && rm -r tree copy",
+         cp -a tree copy && diff -r tree copy && rm -r copy",
     );
     mounted.run(
         "mkdir d && cd d && touch a && ln a b && ln -s a c && mkfifo f && mv b e && ls -la && rm -r ../d",
@@ -148,7 +148,7 @@ fn programs_find_a_file_system_as_they_know_it() {
         "dd if=/dev/urandom of=big bs=1M count=20 && sync && cp big copy && cmp big copy && rm big copy",
     );
     mounted.run("seq 100000 > n && tail -c 3000 n | wc -c && sort -R n | sort -n | cmp - n && truncate -s 5 n && cat n");
-    mounted.run("tar cf - -C /usr/include linux | tar xf - && tar df - < /dev/null || true; rm -r linux");
+    mounted.run("mkdir out && tar cf - tree | tar xf - -C out && diff -r tree out/tree && rm -r tree out");
     mounted.run("printf '#!/bin/sh\\necho ran' > x; chmod +x x; test \"$(./x)\" = ran");
     mounted.run("touch -d @77 t && test \"$(stat -c %Y t)\" = 77 && ln -s t s && touch -h -d @55 s && test \"$(stat -c %Y s)\" = 55");
     // Birth, of clients that ask for it (Linux 6.6).
