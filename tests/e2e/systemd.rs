@@ -20,7 +20,8 @@ fn systemd_makes_the_cgroup() -> Result<()> {
         config["linux"]["resources"]["cpu"] = json!({"quota": 50_000, "period": 100_000});
     })?;
     let systemd = Systemd::boot()?;
-    let run = format!("rvm --systemd-cgroup run -d --bundle {} story </dev/null >/dev/null", bundle.path());
+    let run =
+        format!("rvm --systemd-cgroup run -d --bundle {} story </dev/null >/dev/null 2>&1", bundle.path());
     systemd.shell(&run)?.expect_code(0)?;
 
     let shown = |property: &str| -> Result<String> {
@@ -70,12 +71,14 @@ impl Systemd {
         );
         let mut boot = Command::new("sh");
         boot.args(["-c", &line]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        boot.spawn().context("systemd cannot be started")?;
+        let parent = boot.spawn().context("systemd cannot be started")?.id();
         let mut systemd = Systemd { pid: String::new() };
         eventually("systemd runs", || {
             systemd.pid = shell("pgrep -x systemd")?.text();
             Ok(!systemd.pid.is_empty())
         })?;
+        // With a process beside it that it cannot move, systemd could not hand controllers down.
+        fs::write("/sys/fs/cgroup/cgroup.procs", parent.to_string())?;
         eventually("systemd is up", || {
             let state = systemd.shell("systemctl is-system-running")?.text();
             Ok(state == "running" || state == "degraded")
