@@ -84,6 +84,13 @@ fn exec_on_a_terminal_follows_its_size() -> Result<()> {
     watch.args(["exec", "-it", &id, "sh", "-c", script]);
     let mut terminal = Terminal::start(&mut watch, 31, 99)?;
     terminal.wait_for("waiting")?;
+    // The Docker client shows the first output before it listens for changes, with every runtime.
+    let mut rows = 31;
+    eventually("the client listens for changes", || {
+        rows += 1;
+        terminal.resize(rows, 99)?;
+        Ok(terminal.screen().contains(" 99"))
+    })?;
     terminal.resize(44, 123)?;
     terminal.wait_for("44 123")?;
     terminal.type_text("\u{3}")?;

@@ -53,14 +53,17 @@ struct Systemd {
 
 const CGROUP: &str = "/sys/fs/cgroup/e2e-systemd";
 
-/// In a container, systemd takes its arguments for the kernel's. What would change the host's devices or hide the
-/// bundles is left out.
+/// In a container, systemd takes its arguments for the kernel's. What would change the host's devices and files or
+/// hide the bundles is left out.
 const BOOT: &str = "mount -t proc proc /proc && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
                     mount -t tmpfs -o mode=755 run /run && \
                     exec env -i container=story /usr/lib/systemd/systemd --unit=basic.target --show-status=no \
                     systemd.mask=tmp.mount systemd.mask=systemd-udevd.service systemd.mask=systemd-udev-trigger.service \
                     systemd.mask=systemd-journald.service systemd.mask=systemd-modules-load.service \
-                    systemd.mask=systemd-remount-fs.service systemd.mask=systemd-sysctl.service";
+                    systemd.mask=systemd-remount-fs.service systemd.mask=systemd-sysctl.service \
+                    systemd.mask=systemd-tmpfiles-setup.service \
+                    systemd.mask=systemd-tmpfiles-setup-dev-early.service \
+                    systemd.mask=systemd-tmpfiles-setup-dev.service systemd.mask=systemd-tmpfiles-clean.timer";
 
 impl Systemd {
     fn boot() -> Result<Systemd> {
