@@ -3,6 +3,7 @@
 //! Every part is run, whatever became of those before it, and the last line always says how many tests passed and failed.
 //! A check without tests of its own, such as formatting, counts as one.
 
+mod hosted;
 mod run;
 mod skips;
 
@@ -10,22 +11,15 @@ use std::io::{self, IsTerminal};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Result;
-use rvm_tests::host::{Host, Suite};
 use rvm_tests::support::process;
 
-use crate::build::{self, cargo, checked};
+use crate::build::{cargo, checked};
 use crate::needs;
 use crate::tally::Tally;
 use run::{Report, tallied};
 
 /// What the workspace needs from Debian: to be compiled, and for tests with containers and kernel modules.
 pub const PACKAGES: &[&str] = &["busybox-static", "gcc", "kmod", "libc6-dev", "libseccomp-dev"];
-
-/// Where the test host keeps the end-to-end suites.
-const SUITES: &str = "/usr/local/bin/rvm-e2e";
-
-/// Tells unit tests that this is a host where nothing they need is missing: they fail instead of leaving themselves out.
-const IN_TEST_HOST: &str = "RVM_TEST_HOST=1";
 
 /// The arguments of `cargo test` that select all tests of the workspace. `--bins` is none of them: it would select programs
 /// that are declared to have no tests, too, and so start the agent itself.
@@ -55,7 +49,7 @@ pub fn run(args: &TestArgs) -> ExitCode {
             checks_and_unit_tests(&mut report);
         }
         if suites {
-            report.run("the tests in the test host", |tally| in_test_host(&args.suites, tally));
+            report.run("the tests in the test host", |tally| hosted::run(&args.suites, tally));
         }
     }
     report.close()
@@ -121,41 +115,6 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
     // Neither runner's short form names what it leaves out.
     let list = process::text(cargo().args(ALL_TESTS).args(["--", "--list", "--ignored"]))?;
     tally.skipped.extend(skips::listed(&list));
-    Ok(())
-}
-
-fn in_test_host(arguments: &[String], tally: &mut Tally) -> Result<()> {
-    let suite = Suite::begin()?;
-    build::with_suites()?;
-    // Whoever asks for stories by name wants those.
-    let programs = if arguments.is_empty() { build::unit_tests()? } else { Vec::new() };
-    let host = Host::ensure()?;
-    for program in &programs {
-        title(&format!("Unit tests that run in the test host too: {}", program.name));
-        if let Err(error) = unit_tests_of(program, &host, tally) {
-            tally.fail(&program.name, &error);
-        }
-    }
-    if !programs.is_empty() {
-        // What this machine could not run has now been run.
-        tally.skipped.retain(|name| !skips::is_for_test_host(name));
-    }
-    title("End-to-end tests, in the test host");
-    let mut command = host.command(std::iter::once(SUITES).chain(arguments.iter().map(String::as_str)));
-    if arguments.iter().any(|argument| argument == "--list") {
-        checked(&mut command, "the list of end-to-end tests")?;
-    } else {
-        tallied(&mut command, "the end-to-end tests", tally)?;
-    }
-    suite.end()
-}
-
-fn unit_tests_of(program: &build::TestProgram, host: &Host, tally: &mut Tally) -> Result<()> {
-    let command = |words: &[&str]| host.command(["env", IN_TEST_HOST, &program.path].iter().chain(words));
-    // In one process, unlike with nextest, tests would disturb each other.
-    tallied(&mut command(&["--quiet", "--test-threads=1"]), &program.name, tally)?;
-    let list = process::text(command(&["--list", "--ignored"]).stdin(Stdio::null()))?;
-    tally.skipped.extend(skips::in_test_host(&list));
     Ok(())
 }
 

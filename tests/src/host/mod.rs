@@ -35,19 +35,45 @@ pub use suite::Suite;
 pub struct HostConfig {
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Hosts of different numbers run side by side. Commands of users go to number 0.
+    pub number: usize,
 }
 
 impl Default for HostConfig {
     fn default() -> Self {
-        Self { memory_mib: 6144 }
+        Self { memory_mib: 6144, number: 0 }
     }
 }
 
 impl HostConfig {
+    /// How many hosts of this size this machine carries side by side.
+    pub fn side_by_side(&self) -> usize {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let memory = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_mib(&text)).unwrap_or(0);
+        fitting(processors, memory, self.memory_mib)
+    }
+
     /// Names the running host, so that hosts of different images or configurations do not get in each other's way.
     fn name(&self) -> String {
-        format!("{}-{}-{}", recipe::key().hex(), recipe::store_key().hex(), self.memory_mib)
+        let (system, store) = (recipe::key().hex(), recipe::store_key().hex());
+        format!("{system}-{store}-{}-{}", self.memory_mib, self.number)
     }
+}
+
+/// What QEMU takes for a host beside its memory: above all the buffer of translated code.
+const OVERHEAD_MIB: u64 = 1536;
+
+/// What stays for the build machine itself.
+const RESERVE_MIB: u64 = 2048;
+
+fn fitting(processors: usize, memory_mib: u64, each_mib: u32) -> usize {
+    let by_memory = memory_mib.saturating_sub(RESERVE_MIB) / (u64::from(each_mib) + OVERHEAD_MIB);
+    usize::try_from(by_memory).unwrap_or(usize::MAX).min(processors).max(1)
+}
+
+fn total_mib(meminfo: &str) -> Option<u64> {
+    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? / 1024)
 }
 
 /// A running test host.
@@ -166,4 +192,18 @@ fn runtime_dir() -> PathBuf {
         std::env::var_os("XDG_RUNTIME_DIR").map_or_else(cache::cache_dir, PathBuf::from)
     };
     base.join("rvm-test-host").join(image::cache_name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_hosts_run_as_have_a_processor_and_memory() {
+        assert_eq!(total_mib("MemFree: 1 kB\nMemTotal:       24576000 kB\n"), Some(24_000));
+        assert_eq!(fitting(2, 24_000, 6144), 2);
+        assert_eq!(fitting(16, 24_000, 6144), 2);
+        assert_eq!(fitting(1, 24_000, 6144), 1);
+        assert_eq!(fitting(2, 8_000, 6144), 1);
+    }
 }

@@ -52,7 +52,8 @@ pub fn tallied(command: &mut Command, what: &str, tally: &mut Tally) -> Result<(
     tallied_to(io::stdout(), command, what, tally)
 }
 
-fn tallied_to(to: impl Write, command: &mut Command, what: &str, tally: &mut Tally) -> Result<()> {
+/// As [`tallied`], with the output elsewhere.
+pub fn tallied_to(to: impl Write, command: &mut Command, what: &str, tally: &mut Tally) -> Result<()> {
     let (reader, writer) = io::pipe()?;
     // One pipe for both streams keeps their order: nextest reports on stderr, libtest on stdout.
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
