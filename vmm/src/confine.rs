@@ -3,7 +3,14 @@
 //! A monitor needs capabilities to serve files, and threads inherit them. One that runs a vCPU, or moves packets and
 //! sectors between descriptors that are open already, needs none: should a guest take it over, it gains none either.
 
+use std::collections::BTreeMap;
+use std::io;
+
 use caps::CapSet;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
 
 /// Takes all capabilities from the calling thread, for good. Other threads keep theirs; those that this one starts
 /// have none.
@@ -14,6 +21,70 @@ pub fn drop_capabilities() {
         // To give up is always allowed. A kernel without ambient capabilities has none to give up.
         let _ = caps::clear(None, set);
     }
+}
+
+/// What a thread that runs a vCPU calls of the kernel beside KVM: to wait and to wake, to hand work to the threads of
+/// devices through descriptors that are open already, to have memory, and to end.
+const OF_VCPUS: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_ctl,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_tgkill,
+    libc::SYS_rseq,
+    libc::SYS_membarrier,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// The type that all requests of KVM carry in the second byte of their number (`KVMIO`, linux/kvm.h).
+const KVM_REQUESTS: u64 = 0xAE00;
+
+/// Leaves the calling thread without capabilities, and with only those system calls that running a vCPU takes. Others
+/// fail with EPERM: a container is worth more than the alarm.
+///
+/// # Errors
+///
+/// The kernel does not take the filter.
+pub fn enter_vcpu() -> io::Result<()> {
+    drop_capabilities();
+    seccompiler::apply_filter(&vcpu_filter().map_err(io::Error::other)?).map_err(io::Error::other)
+}
+
+fn vcpu_filter() -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<_, _> = OF_VCPUS.iter().map(|call| (*call, Vec::new())).collect();
+    let masked = |argument, mask, value| {
+        let equal = SeccompCmpOp::MaskedEq(mask);
+        let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, equal, value)?;
+        Ok::<_, BackendError>(vec![SeccompRule::new(vec![condition])?])
+    };
+    rules.insert(libc::SYS_ioctl, masked(1, 0xFF00, KVM_REQUESTS)?);
+    let executable = u64::from(libc::PROT_EXEC.cast_unsigned());
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, masked(2, executable, 0)?);
+    }
+    let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
 #[cfg(test)]
@@ -37,5 +108,41 @@ mod tests {
         });
         assert_eq!(confined.join().unwrap(), (0, 0));
         assert_eq!(count(), before);
+    }
+
+    #[test]
+    fn a_vcpus_thread_opens_connects_and_executes_nothing() {
+        let refused = thread::spawn(|| {
+            enter_vcpu().unwrap();
+            let errors = [
+                std::fs::File::open("/dev/null").map(drop),
+                std::net::TcpListener::bind("127.0.0.1:0").map(drop),
+                std::process::Command::new("/bin/true").status().map(drop),
+                thread::Builder::new().spawn(|| ()).map(drop),
+            ];
+            errors.map(|result| result.unwrap_err().raw_os_error())
+        });
+        assert_eq!(refused.join().unwrap(), [Some(libc::EPERM); 4]);
+    }
+
+    #[test]
+    fn a_vcpus_thread_has_memory_that_is_not_executable_and_no_requests_but_kvms() {
+        let outcome = thread::spawn(|| {
+            enter_vcpu().unwrap();
+            let map = |protection| {
+                // SAFETY: a new mapping where there is none touches no other memory.
+                let at = unsafe {
+                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                    libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0)
+                };
+                at != libc::MAP_FAILED
+            };
+            let mut bytes: libc::c_int = 0;
+            // SAFETY: the request writes a whole number to where the pointer leads.
+            let asked = unsafe { libc::ioctl(0, libc::FIONREAD, &raw mut bytes) };
+            let error = io::Error::last_os_error().raw_os_error();
+            (vec![0_u8; 1 << 20].len(), map(libc::PROT_READ), map(libc::PROT_EXEC), asked, error)
+        });
+        assert_eq!(outcome.join().unwrap(), (1 << 20, true, false, -1, Some(libc::EPERM)));
     }
 }

@@ -97,8 +97,13 @@ impl Vcpu {
             .stack_size(STACK)
             .spawn(move || {
                 let _count = count;
-                confine::drop_capabilities();
-                self.run();
+                match confine::enter_vcpu() {
+                    Ok(()) => self.run(),
+                    Err(error) => {
+                        let text = format!("its thread could not be confined: {error}");
+                        self.control.guest_ended(describe(ExitReason::Error(text), number));
+                    }
+                }
             })
             .map_err(|source| VcpuError::Thread { vcpu: number, source })
     }
