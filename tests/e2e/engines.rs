@@ -1,8 +1,12 @@
 //! The same workload under every engine: rvm alone, podman, and containerd.
 
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 use crate::Story;
@@ -13,8 +17,11 @@ use crate::terminal::Terminal;
 pub const STORIES: &[(&str, Story)] = &[
     ("rvm_run_runs_a_bundle", rvm_run_runs_a_bundle),
     ("rvm_leads_a_container_through_its_life", rvm_leads_a_container_through_its_life),
+    ("two_hundred_execs_leave_nothing", two_hundred_execs_leave_nothing),
+    ("pidfds_go_to_whoever_asks", pidfds_go_to_whoever_asks),
     ("rvm_run_uses_the_terminal_it_has", rvm_run_uses_the_terminal_it_has),
     ("rvm_do_needs_no_bundle", rvm_do_needs_no_bundle),
+    ("a_compressed_kernel_of_ones_own_boots", a_compressed_kernel_of_ones_own_boots),
     ("several_vcpus_work", several_vcpus_work),
     ("podman_runs_it", podman_runs_it),
     ("containerd_runs_it", containerd_runs_it),
@@ -74,6 +81,73 @@ fn status() -> Result<String> {
     Ok(state["status"].as_str().unwrap_or_default().to_owned())
 }
 
+fn two_hundred_execs_leave_nothing() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    shell(&format!("rvm run -d --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
+        .expect_code(0)?;
+    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.expect_code(0)?.text())?;
+    let execs = |count: u32| {
+        shell(&format!("for i in $(seq {count}); do rvm exec story true || exit; done"))?.expect_code(0)
+    };
+    // All its memory but the guest's, which is the largest piece: KiB.
+    let own = "awk '/^Rss:/ {sum += $2; if ($2 > most) most = $2} END {print sum - most}' /proc/$pid/smaps";
+    let line = format!("pid={}; ls /proc/$pid/fd | wc -l; ls /proc/$pid/task | wc -l; {own}", state["pid"]);
+    let look = || -> Result<(String, u64, u64)> {
+        let seen = shell(&line)?.expect_code(0)?.text();
+        let (counts, own) = seen.rsplit_once('\n').unwrap_or_default();
+        let free = rvm(&["exec", "story", "awk", "/^MemAvailable:/ {print $2}", "/proc/meminfo"])?.text();
+        Ok((counts.to_owned(), own.parse()?, free.parse()?))
+    };
+    execs(20)?;
+    let (counts, own, free) = look()?;
+    execs(200)?;
+    let (counts_after, own_after, free_after) = look()?;
+    ensure!(counts_after == counts, "descriptors and threads of the monitor: {counts} became {counts_after}");
+    ensure!(own_after < own + 1024, "the monitor's memory: {own} KiB became {own_after} KiB");
+    ensure!(free_after + 4096 > free, "free memory of the guest: {free} KiB became {free_after} KiB");
+    rvm(&["delete", "--force", "story"])?.expect_code(0).map(drop)
+}
+
+fn pidfds_go_to_whoever_asks() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    let folder = bundle.path();
+    let sockets = UnixListener::bind(format!("{folder}/sock"))?;
+    let asked = format!("--pidfd-socket {folder}/sock --pid-file {folder}/pid");
+    let quiet = "</dev/null >/dev/null 2>&1";
+    for command in [
+        format!("rvm create --bundle {folder} {asked} story {quiet} && rvm start story"),
+        format!("rvm exec --detach {asked} story sleep 1000 {quiet}"),
+    ] {
+        shell(&command)?.expect_code(0)?;
+        let sent = process_of(&received_descriptor(&sockets.accept()?.0)?)?;
+        let written = std::fs::read_to_string(format!("{folder}/pid"))?;
+        ensure!(sent == written, "the descriptor is of process {sent}, the pid file says {written}");
+    }
+    rvm(&["delete", "--force", "story"])?.expect_code(0).map(drop)
+}
+
+/// The descriptor that arrives on a socket.
+fn received_descriptor(socket: &UnixStream) -> Result<OwnedFd> {
+    let (mut text, mut room) = ([0; 64], nix::cmsg_space!([RawFd; 1]));
+    let mut buffers = [IoSliceMut::new(&mut text)];
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut buffers, Some(&mut room), MsgFlags::empty())?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(descriptors) = control {
+            let descriptor = *descriptors.first().context("no descriptor was sent")?;
+            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
+            return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        }
+    }
+    bail!("no descriptor was sent")
+}
+
+/// The id of the process that a pidfd refers to (pidfd_open(2), proc_pid_fdinfo(5)).
+fn process_of(pidfd: &OwnedFd) -> Result<String> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let line = info.lines().find_map(|line| line.strip_prefix("Pid:"));
+    Ok(line.context("it is no pidfd")?.trim().to_owned())
+}
+
 fn rvm_run_uses_the_terminal_it_has() -> Result<()> {
     let bundle = Bundle::new(&["sh"])?.edit(|config| config["process"]["terminal"] = json!(true))?;
     let mut run = Command::new("rvm");
@@ -101,6 +175,11 @@ fn rvm_do_needs_no_bundle() -> Result<()> {
     ensure!(written == "written", "{outcome:?}");
     ensure!(!kept.path().join("made").exists(), "what was written in the microVM is on the host");
     rvm(&["do", "--", "no-such-program"])?.expect_code(127).map(drop)
+}
+
+fn a_compressed_kernel_of_ones_own_boots() -> Result<()> {
+    let outcome = rvm(&["--kernel", "/usr/local/lib/rvm-tests/bzImage", "do", "--", "uname", "-r"])?;
+    ensure_guest_kernel(&outcome.expect_code(0)?.text())
 }
 
 fn several_vcpus_work() -> Result<()> {

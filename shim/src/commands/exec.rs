@@ -12,7 +12,7 @@ use super::process::ProcessArguments;
 use super::stub::{self, Stub};
 use super::{Context, refuse_descriptors};
 use crate::console::{Console, RawMode, window_size};
-use crate::container::create::write_pid_file;
+use crate::container::create::{send_pidfd, write_pid_file};
 use crate::container::{Container, ContainerError, Status};
 use crate::control::{Connection, Exec, WindowSize};
 use crate::error::Error;
@@ -23,8 +23,8 @@ pub(super) struct ExecArguments {
     /// A unix socket to which the host's end of the terminal is sent
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
-    /// Not supported
-    #[arg(long, value_name = "SOCKET", hide = true)]
+    /// A unix socket to which a descriptor of the stub is sent
+    #[arg(long, value_name = "SOCKET")]
     pidfd_socket: Option<PathBuf>,
     /// Return once the process runs
     #[arg(short, long)]
@@ -50,9 +50,6 @@ pub(super) struct ExecArguments {
 
 pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCode, Error> {
     refuse_descriptors(arguments.preserve_fds)?;
-    if arguments.pidfd_socket.is_some() {
-        return Err(Error::Usage("--pidfd-socket is not supported: use --pid-file".into()));
-    }
     let container = Container::open(&context.root, &arguments.id)?;
     match container.status() {
         Status::Running => {}
@@ -64,6 +61,7 @@ pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCo
         terminal: tty || process.terminal().unwrap_or(false),
         container,
         console_socket: arguments.console_socket,
+        pidfd_socket: arguments.pidfd_socket,
         pid_file: arguments.pid_file,
     };
     if arguments.detach { execution.detached(&process) } else { execution.foreground(&process) }
@@ -73,6 +71,7 @@ struct Execution {
     container: Container,
     terminal: bool,
     console_socket: Option<PathBuf>,
+    pidfd_socket: Option<PathBuf>,
     pid_file: Option<PathBuf>,
 }
 
@@ -99,7 +98,7 @@ impl Execution {
                 _ => Ok(()),
             }
         })?;
-        self.write_pid(child.id()).inspect_err(|_| {
+        self.tell_pid(child.id()).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
@@ -115,7 +114,7 @@ impl Execution {
         let stdin = io::stdin();
         let mut stub = Stub::start(connection, exec)?;
         let raw = self.terminal.then(|| RawMode::enter(stdin.as_fd()).ok()).flatten();
-        self.write_pid(std::process::id())?;
+        self.tell_pid(std::process::id())?;
         let status = stub.attend();
         drop(raw);
         Ok(ExitCode::from(u8::try_from(status.shell_code()).unwrap_or(u8::MAX)))
@@ -141,10 +140,17 @@ impl Execution {
         }
     }
 
-    fn write_pid(&self, pid: u32) -> Result<(), Error> {
-        let Some(path) = &self.pid_file else { return Ok(()) };
-        write_pid_file(path, pid.cast_signed())
-            .map_err(Error::system(format!("cannot write the pid file {}", path.display())))
+    fn tell_pid(&self, stub: u32) -> Result<(), Error> {
+        let stub = stub.cast_signed();
+        if let Some(socket) = &self.pidfd_socket {
+            send_pidfd(socket, stub)
+                .map_err(Error::system(format!("cannot send a pidfd to {}", socket.display())))?;
+        }
+        if let Some(path) = &self.pid_file {
+            write_pid_file(path, stub)
+                .map_err(Error::system(format!("cannot write the pid file {}", path.display())))?;
+        }
+        Ok(())
     }
 }
 

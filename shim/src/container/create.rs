@@ -227,10 +227,8 @@ fn finish(
         })?;
     }
     if let Some(socket) = request.pidfd_socket {
-        let failed = format!("cannot send a pidfd to {}", socket.display());
-        pidfd_open(monitor.pid)
-            .and_then(|pidfd| send_descriptor(socket, b"pidfd", pidfd.as_fd()))
-            .map_err(system(failed))?;
+        send_pidfd(socket, monitor.pid)
+            .map_err(system(format!("cannot send a pidfd to {}", socket.display())))?;
     }
     if let Some(path) = request.pid_file {
         write_pid_file(path, monitor.pid)
@@ -313,6 +311,11 @@ fn save(undo: &Undo, record: &Record) -> Result<(), CreateError> {
     let folder = undo.folder()?;
     let what = format!("cannot save the container's state in {} (is there space?)", folder.path().display());
     folder.write_json(folder::RECORD, record).map_err(system(what))
+}
+
+/// Sends a descriptor of a process to whoever listens on the socket.
+pub fn send_pidfd(socket: &Path, pid: i32) -> io::Result<()> {
+    send_descriptor(socket, b"pidfd", pidfd_open(pid)?.as_fd())
 }
 
 /// Writes a process id so that a reader finds the whole number or no file. Engines want no newline.
