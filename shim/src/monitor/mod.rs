@@ -27,11 +27,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use rvm_protocol::ExitStatus;
+use rvm_protocol::{AgentError, ExitStatus};
 
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
-use crate::control::{ControlError, receive, send};
+use crate::control::{ControlError, Refusal, receive, send};
 use crate::hooks::{self, HookError, HookKind};
 use crate::logging::Log;
 use crate::reexec;
@@ -60,6 +60,9 @@ pub enum MonitorError {
     /// A hook.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The container's program.
+    #[error(transparent)]
+    Program(#[from] AgentError),
     /// The machine.
     #[error(transparent)]
     Machine(rvm_vmm::machine::MachineError),
@@ -110,6 +113,14 @@ impl MonitorError {
         }
     }
 
+    /// What `create` is told.
+    fn into_refusal(self) -> Refusal {
+        match self {
+            MonitorError::Program(error) => error.into(),
+            other => other.to_string().into(),
+        }
+    }
+
     /// Makes the closure that `map_err` wants.
     fn system<E: Into<Cause>>(what: &str) -> impl FnOnce(E) -> MonitorError {
         let what = what.to_owned();
@@ -133,7 +144,7 @@ pub fn run() -> Result<(), MonitorError> {
     let mut service = match prepare(&socket, setup, inherited) {
         Ok(service) => service,
         Err(error) => {
-            let _ = send(&socket, &FromMonitor::Failed(error.to_string()), &[]);
+            let _ = send(&socket, &FromMonitor::Failed(error.into_refusal()), &[]);
             signals::end(FAILED);
         }
     };
@@ -195,6 +206,8 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     if let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_deref()) {
         hooks::run(HookKind::CreateContainer, hooks, &setup.hook_state)?;
     }
+    // After the hooks, which may have put it there.
+    rootfs.check_program(&spec)?;
     rootfs.pivot()?;
     std::env::set_current_dir(Path::new("/")).map_err(MonitorError::system("cannot enter the new root"))?;
     confine::confine().map_err(MonitorError::system("cannot give up privileges"))?;
