@@ -17,6 +17,7 @@ mod events;
 mod execution;
 mod init;
 mod initramfs;
+mod patience;
 mod service;
 mod setup;
 mod streams;
@@ -226,6 +227,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
     service.log_to(log);
+    service.expect_start_within(patience::of_start(&spec));
     // The threads that serve files run by now and keep theirs; this one deals with what is open already.
     rvm_vmm::confine::drop_capabilities();
     send(socket, &FromMonitor::Ready, &[])?;
