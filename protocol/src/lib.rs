@@ -11,6 +11,7 @@
 pub mod frame;
 pub mod message;
 pub mod network;
+mod program;
 pub mod stream;
 
 pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};

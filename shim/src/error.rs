@@ -1,6 +1,10 @@
 //! How failures are worded, and with which exit status a command ends.
 
 use crate::cause::Cause;
+use crate::container::create::CreateError;
+use crate::container::launch::LaunchError;
+use crate::container::start::StartError;
+use crate::control::Refusal;
 use crate::{bundle, cgroup, container, control, hooks, logging, network, seccomp};
 
 /// Exit status of a failed command.
@@ -19,10 +23,10 @@ pub enum Error {
     Container(#[from] container::ContainerError),
     /// Creating the container.
     #[error(transparent)]
-    Create(#[from] container::create::CreateError),
+    Create(#[from] CreateError),
     /// Starting the container.
     #[error(transparent)]
-    Start(#[from] container::start::StartError),
+    Start(#[from] StartError),
     /// The bundle.
     #[error(transparent)]
     Bundle(#[from] bundle::BundleError),
@@ -58,6 +62,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the monitor had to say, if it is the one that refused to create or start a container.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Error::Create(CreateError::Launch(LaunchError::Failed(refusal)))
+            | Error::Start(StartError::Refused(refusal)) => Some(refusal),
+            _ => None,
+        }
+    }
+
     /// Makes the closure that `map_err` wants, for an operation described by `what`.
     pub fn system<E: Into<Cause>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
         let what = what.into();

@@ -1,14 +1,20 @@
 //! Accidents: whatever dies, and whenever, nothing hangs and nothing stays.
 
-use anyhow::{Result, ensure};
+use std::io::Read;
+use std::process::Child;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell, spawn, wait_for};
+use crate::command::{docker, docker_run, docker_start, eventually, exit_code, rvm, shell, spawn, wait_for};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("the_monitor_is_killed", the_monitor_is_killed),
     ("the_monitor_is_killed_while_it_starts", the_monitor_is_killed_while_it_starts),
+    ("a_run_is_ended_before_its_start", a_run_is_ended_before_its_start),
+    ("a_run_is_ended_while_a_hook_holds_it_up", a_run_is_ended_while_a_hook_holds_it_up),
     ("the_monitor_is_killed_under_an_engine", the_monitor_is_killed_under_an_engine),
     ("an_exec_stub_is_killed", an_exec_stub_is_killed),
     ("an_engines_exec_stub_is_killed", an_engines_exec_stub_is_killed),
@@ -41,6 +47,65 @@ fn the_monitor_is_killed_while_it_starts() -> Result<()> {
         let status = wait_for(&mut run, "rvm run")?;
         ensure!(!status.success(), "the container seems to have succeeded");
         rvm(&["delete", "--force", "story"])?.expect_code(0)?;
+    }
+    Ok(())
+}
+
+fn send(run: &Child, signal: i32) -> Result<()> {
+    shell(&format!("kill -{signal} {}", run.id()))?.expect_code(0).map(drop)
+}
+
+/// Fails unless a signal ends a run in silence, as a process without handlers, with all it had.
+fn ensure_ended(mut run: Child, signal: i32) -> Result<()> {
+    let code = exit_code(wait_for(&mut run, "rvm run")?);
+    let mut said = String::new();
+    run.stderr.take().context("it has a standard error")?.read_to_string(&mut said)?;
+    ensure!(code == 128 + signal, "signal {signal} ended it with {code}: {said}");
+    ensure!(said.is_empty(), "signal {signal} made it say: {said}");
+    rvm(&["state", "story"])?.expect_failure(&["does not exist"]).map(drop)
+}
+
+fn a_run_is_ended_before_its_start() -> Result<()> {
+    let kept = tempfile::Builder::new().prefix("e2e-hook").tempdir()?;
+    let (reached, go_on) = (kept.path().join("reached"), kept.path().join("go-on"));
+    let wait =
+        format!("touch {}; while ! test -e {}; do sleep 0.1; done", reached.display(), go_on.display());
+    let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", wait], "env": ["PATH=/usr/bin:/bin"]}]);
+    let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| config["hooks"]["createRuntime"] = hook)?;
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
+        let run = spawn("rvm", &["run", "--bundle", bundle.path(), "story"])?;
+        eventually("the hook runs", || Ok(reached.exists()))?;
+        send(&run, signal)?;
+        std::fs::write(&go_on, "")?;
+        ensure_ended(run, signal)?;
+        std::fs::remove_file(&reached)?;
+        std::fs::remove_file(&go_on)?;
+    }
+    Ok(())
+}
+
+fn a_run_is_ended_while_a_hook_holds_it_up() -> Result<()> {
+    let kept = tempfile::Builder::new().prefix("e2e-hook").tempdir()?;
+    let hook = json!([{
+        "path": "/bin/sh", "args": ["sh", "-c", "touch /kept/reached; sleep 1000"],
+        "env": ["PATH=/bin"],
+    }]);
+    let volume = json!({
+        "destination": "/kept", "type": "bind", "source": kept.path(), "options": ["rbind"],
+    });
+    let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
+        config["hooks"]["startContainer"] = hook;
+        if let Some(mounts) = config["mounts"].as_array_mut() {
+            mounts.push(volume);
+        }
+    })?;
+    let reached = kept.path().join("reached");
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let run = spawn("rvm", &["run", "--bundle", bundle.path(), "story"])?;
+        eventually("the hook runs", || Ok(reached.exists()))?;
+        send(&run, signal)?;
+        ensure_ended(run, signal)?;
+        std::fs::remove_file(&reached)?;
     }
     Ok(())
 }

@@ -28,6 +28,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("an_id_that_is_a_path", an_id_that_is_a_path),
     ("an_unknown_id_for_every_command", an_unknown_id_for_every_command),
     ("a_command_that_cannot_be_executed", a_command_that_cannot_be_executed),
+    ("a_command_that_is_missing_at_create", a_command_that_is_missing_at_create),
     ("an_option_that_does_not_exist", an_option_that_does_not_exist),
     ("errors_in_the_engines_form", errors_in_the_engines_form),
 ];
@@ -197,6 +198,23 @@ fn a_command_that_cannot_be_executed() -> Result<()> {
     fs::write(&program, "neither ELF nor script")?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     one_line(run_bundle(&text)?, &["exec format error"])
+}
+
+fn a_command_that_is_missing_at_create() -> Result<()> {
+    let bundle = Bundle::new(&["no-such-program"])?;
+    one_line(
+        rvm(&["create", "--bundle", bundle.path(), "story"])?,
+        &["exec: \"no-such-program\": executable file not found in $PATH"],
+    )?;
+    rvm(&["state", "story"])?.expect_failure(&["does not exist"])?;
+    rvm(&["do", "--", "/no/such/program"])?.expect_code(127)?;
+    rvm(&["do", "--", "/etc/passwd"])?.expect_code(126)?;
+    // What the guest mounts only the guest can look into.
+    let below = Bundle::new(&["/dev/shm/program"])?;
+    shell(&format!("rvm create --bundle {} story </dev/null >/dev/null 2>&1", below.path()))?
+        .expect_code(0)?;
+    one_line(rvm(&["start", "story"])?, &["no such file or directory"])?;
+    rvm(&["delete", "--force", "story"])?.expect_code(0).map(drop)
 }
 
 fn an_option_that_does_not_exist() -> Result<()> {

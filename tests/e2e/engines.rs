@@ -195,8 +195,15 @@ fn several_vcpus_work() -> Result<()> {
 fn podman_runs_it() -> Result<()> {
     let outcome = podman(&["run", "--rm", "--network", "none", "busybox", "sh", "-c", "uname -r; exit 3"])?;
     ensure_guest_kernel(&outcome.expect_code(3)?.text())?;
-    podman(&["run", "--rm", "--network", "none", "busybox", "no-such-program"])?
-        .expect_failure(&["executable file not found in $PATH"])?;
+    for (program, code, words) in [
+        ("no-such-program", 127, "executable file not found in $PATH"),
+        ("/no/such/program", 127, "no such file or directory"),
+        ("/etc/passwd", 126, "permission denied"),
+    ] {
+        podman(&["run", "--rm", "--network", "none", "busybox", program])?
+            .expect_code(code)?
+            .expect_failure(&[words])?;
+    }
     let id = podman(&["run", "-d", "--network", "none", "busybox", "sleep", "1000"])?.expect_code(0)?.text();
     podman(&["exec", &id, "echo", "in podman"])?.expect_text("in podman")?;
     podman(&["cp", "/etc/hostname", &format!("{id}:/copied")])?.expect_code(0)?;

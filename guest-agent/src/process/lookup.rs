@@ -1,7 +1,6 @@
 //! Finding the program of a process.
 //!
-//! The rules and the words are those of Go's `exec.LookPath`, which runc uses: engines tell users apart
-//! "not found" from "may not be executed" by these very sentences.
+//! The rules are those of Go's `exec.LookPath`, which runc uses, and so are the words of [`AgentError`].
 
 use std::path::{Path, PathBuf};
 
@@ -28,9 +27,9 @@ pub fn find(name: &str, environment: &Environment) -> Result<PathBuf> {
             return Ok(candidate);
         }
         let cause = "cannot run executable found relative to current directory";
-        return Err(error(AgentErrorKind::NotExecutable, name, cause));
+        return Err(AgentError::not_executable(name, cause));
     }
-    Err(error(AgentErrorKind::NotFound, name, "executable file not found in $PATH"))
+    Err(AgentError::not_in_path(name))
 }
 
 /// What `execve` itself had to say.
@@ -55,9 +54,9 @@ impl Failure {
                     Errno::ENOENT | Errno::ENOTDIR => AgentErrorKind::NotFound,
                     _ => AgentErrorKind::NotExecutable,
                 };
-                error(kind, name, &format!("stat {name}: {}", errno_text(errno)))
+                AgentError::no_program(kind, name, &errno_text(errno))
             }
-            Failure::Access(errno) => error(AgentErrorKind::NotExecutable, name, &errno_text(errno)),
+            Failure::Access(errno) => AgentError::not_executable(name, &errno_text(errno)),
         }
     }
 }
@@ -68,10 +67,6 @@ fn check(path: &Path) -> std::result::Result<(), Failure> {
         return Err(Failure::Access(Errno::EISDIR));
     }
     unistd::eaccess(path, AccessFlags::X_OK).map_err(Failure::Access)
-}
-
-fn error(kind: AgentErrorKind, name: &str, cause: &str) -> AgentError {
-    AgentError { kind, message: format!("exec: {name:?}: {cause}") }
 }
 
 #[cfg(test)]

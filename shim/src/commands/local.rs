@@ -14,7 +14,6 @@ use super::lifecycle::CreateArguments;
 use super::run::{Foreground, RunArguments};
 use super::{Context, strings};
 use crate::bundle::Bundle;
-use crate::container::start::StartError;
 use crate::container::{Container, Status, delete};
 use crate::error::{Error, FAILURE};
 use crate::spec::default_spec;
@@ -85,12 +84,13 @@ pub(super) fn run(context: &Context, arguments: DoArguments) -> Result<ExitCode,
         no_subreaper: false,
         timeline,
     };
-    match (Foreground { context, arguments: &run, lower: Some(lower) }).run(bundle) {
-        Err(Error::Start(StartError::Refused(refusal))) => {
+    let result = (Foreground { context, arguments: &run, lower: Some(lower) }).run(bundle);
+    match result.as_ref().err().and_then(Error::refusal) {
+        Some(refusal) => {
             context.log.error(&refusal.words);
             Ok(ExitCode::from(refusal.kind.shell_code().unwrap_or(FAILURE)))
         }
-        result => result,
+        None => result,
     }
 }
 

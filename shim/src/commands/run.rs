@@ -6,7 +6,9 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,11 +18,15 @@ use super::lifecycle::{CreateArguments, create_from};
 use crate::bundle::Bundle;
 use crate::console::{self, RawMode};
 use crate::container::create::{Created, TerminalUse};
-use crate::container::{Container, ProcessHandle, ProcessIdentity, delete, folder, start};
+use crate::container::launch::MonitorProcess;
+use crate::container::{Container, Lock, ProcessHandle, ProcessIdentity, delete, folder, start};
 use crate::error::Error;
-use crate::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::stdio;
 use crate::timeline::Timeline;
+
+/// How long the monitor of a container that was not started may take to end by a signal.
+const END_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub(super) struct RunArguments {
@@ -60,6 +66,12 @@ fn detached(context: &Context, arguments: &RunArguments, bundle: Bundle) -> Resu
     Ok(ExitCode::SUCCESS)
 }
 
+/// Takes back a container whose monitor is this process's child.
+fn take_back(context: &Context, container: &Container, monitor: &mut MonitorProcess) {
+    discard(context, container);
+    monitor.kill();
+}
+
 /// Takes back a container that is locked by this command. The error that led here is the one to be told.
 fn discard(context: &Context, container: &Container) {
     let _ = delete::kill(container);
@@ -88,18 +100,11 @@ impl Foreground<'_> {
         let stdin = io::stdin();
         let raw = master.as_ref().and_then(|_| RawMode::enter(stdin.as_fd()).ok());
         let session = master.map(Session::begin).transpose();
-        let started = session
+        let session = session
             .map_err(Error::system("cannot copy to and from the terminal"))
-            .and_then(|session| Ok(start::start(&container, &self.context.log).map(|()| session)?));
-        let session = started.inspect_err(|_| {
-            discard(self.context, &container);
-            monitor.kill();
-        })?;
-        drop(lock);
+            .inspect_err(|_| take_back(self.context, &container, &mut monitor))?;
 
-        if let Some(handle) = container.record.monitor.and_then(ProcessIdentity::open) {
-            forward(&handle, &mut signals, session.as_ref());
-        }
+        self.start(&container, &mut monitor, lock, &mut signals, session.as_ref())?;
         let status =
             monitor.wait().map_err(Error::system("cannot wait for the container")).inspect_err(|_| {
                 let _ = delete::delete(&self.context.root, container.id(), true, &self.context.log);
@@ -109,6 +114,38 @@ impl Foreground<'_> {
         }
         drop(raw);
         self.finish(&container, status)
+    }
+
+    /// Starts the container, and passes signals on until it has ended: from before the start, which takes as long as the
+    /// guest and the container's hooks take. One that is not started is taken back, unless a signal has ended it.
+    fn start(
+        &self,
+        container: &Container,
+        monitor: &mut MonitorProcess,
+        lock: Lock,
+        signals: &mut Signals,
+        session: Option<&Session>,
+    ) -> Result<(), Error> {
+        let handle = container.record.monitor.and_then(ProcessIdentity::open);
+        let passed_on = PassedOn::default();
+        thread::scope(|scope| {
+            let forwarding = handle.as_ref().map_or(Ok(()), |monitor| {
+                let mut forwarding = Forwarding { monitor, signals, session, passed_on: &passed_on };
+                // What has arrived since `create` began is older than the start.
+                forwarding.pass_on();
+                let thread = thread::Builder::new().name("signals".into());
+                let thread = thread.spawn_scoped(scope, || forwarding.run());
+                thread.map(drop).map_err(Error::system("cannot start a thread for signals"))
+            });
+            let started = forwarding.and_then(|()| Ok(start::start(container, &self.context.log)?));
+            // The thread ends with the monitor, so that one which is of no use may not live on.
+            let result = match started {
+                Err(_) if passed_on.has_ended(handle.as_ref(), monitor) => Ok(()),
+                started => started.inspect_err(|_| take_back(self.context, container, monitor)),
+            };
+            drop(lock);
+            result
+        })
     }
 
     fn finish(&self, container: &Container, status: std::process::ExitStatus) -> Result<ExitCode, Error> {
@@ -133,23 +170,69 @@ impl Foreground<'_> {
     }
 }
 
-/// Passes signals on until the monitor has ended.
-fn forward(monitor: &ProcessHandle, signals: &mut Signals, session: Option<&Session>) {
-    loop {
-        let mut fds = [
-            PollFd::new(monitor.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        let polled = poll(&mut fds, PollTimeout::NONE);
-        let ended = fds[0].any().unwrap_or(true);
-        if polled.is_ok() && ended {
-            return;
+/// The signals that were passed on and by which a process without handlers ends, one bit each.
+#[derive(Debug, Default)]
+struct PassedOn(AtomicU64);
+
+impl PassedOn {
+    /// Notes a signal that is about to be passed on.
+    fn note(&self, signal: i32) {
+        if signals::is_fatal(signal) {
+            self.0.fetch_or(bit(signal), Ordering::SeqCst);
         }
-        while let Some(signal) = signals.take() {
-            match session {
+    }
+
+    /// Whether one of them has ended a container that was not started.
+    fn has_ended(&self, handle: Option<&ProcessHandle>, monitor: &mut MonitorProcess) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        if self.0.load(Ordering::SeqCst) == 0 || !handle.is_some_and(|handle| handle.wait(END_PATIENCE)) {
+            return false;
+        }
+        let signal = monitor.wait().ok().and_then(|status| status.signal());
+        signal.is_some_and(|signal| self.0.load(Ordering::SeqCst) & bit(signal) != 0)
+    }
+}
+
+/// Signals are numbered from 1 to 64.
+fn bit(signal: i32) -> u64 {
+    u32::try_from(signal - 1).ok().and_then(|shift| 1_u64.checked_shl(shift)).unwrap_or(0)
+}
+
+/// Passes signals on.
+struct Forwarding<'a> {
+    monitor: &'a ProcessHandle,
+    signals: &'a mut Signals,
+    session: Option<&'a Session>,
+    passed_on: &'a PassedOn,
+}
+
+impl Forwarding<'_> {
+    /// Passes signals on until the monitor has ended.
+    fn run(mut self) {
+        loop {
+            let mut fds = [
+                PollFd::new(self.monitor.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            let polled = poll(&mut fds, PollTimeout::NONE);
+            let ended = fds[0].any().unwrap_or(true);
+            if polled.is_ok() && ended {
+                return;
+            }
+            self.pass_on();
+        }
+    }
+
+    /// Passes those on that have arrived.
+    fn pass_on(&mut self) {
+        while let Some(signal) = self.signals.take() {
+            match self.session {
                 Some(session) if signal == libc::SIGWINCH => session.resize(),
-                // It may have ended meanwhile: then poll says so next.
-                _ => drop(monitor.signal(signal)),
+                _ => {
+                    self.passed_on.note(signal);
+                    // It may have ended meanwhile: then poll says so next.
+                    drop(self.monitor.signal(signal));
+                }
             }
         }
     }
@@ -184,5 +267,21 @@ impl Session {
     /// Waits until all that the container wrote has been copied: its end of the terminal is closed.
     fn finish(self) {
         let _ = self.output.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_that_end_a_process_are_noted() {
+        let passed_on = PassedOn::default();
+        passed_on.note(libc::SIGWINCH);
+        assert_eq!(passed_on.0.load(Ordering::SeqCst), 0);
+        passed_on.note(1);
+        passed_on.note(64);
+        assert_eq!(passed_on.0.load(Ordering::SeqCst), 1 | 1 << 63);
+        assert_eq!((bit(0), bit(65), bit(i32::MAX)), (0, 0, 0));
     }
 }

@@ -7,7 +7,7 @@ use std::process::{Child, ExitStatus};
 
 use super::ContainerId;
 use crate::cause::Cause;
-use crate::control::{ControlError, Packet, receive, send};
+use crate::control::{ControlError, Packet, Refusal, receive, send};
 use crate::monitor::handshake::{FromMonitor, SUBCOMMAND, ToMonitor};
 use crate::reexec;
 
@@ -17,9 +17,10 @@ pub enum LaunchError {
     /// It could not be started.
     #[error("the monitor could not be started: {0}")]
     Spawn(Cause),
-    /// It gave up, and says why.
+    /// It gave up, and says why. Words about the container's program are for engines, which derive exit statuses
+    /// from them.
     #[error("{0}")]
-    Failed(String),
+    Failed(Refusal),
     /// It ended without a word.
     #[error("the monitor ended before the container was created ({0})")]
     Ended(ExitStatus),
@@ -79,7 +80,9 @@ impl MonitorProcess {
     pub fn expect(&mut self, fits: impl FnOnce(&FromMonitor) -> bool) -> Result<(), LaunchError> {
         match receive::<FromMonitor>(&self.socket) {
             Ok(Some(Packet { message, .. })) if fits(&message) => Ok(()),
-            Ok(Some(Packet { message: FromMonitor::Failed(words), .. })) => Err(LaunchError::Failed(words)),
+            Ok(Some(Packet { message: FromMonitor::Failed(refusal), .. })) => {
+                Err(LaunchError::Failed(refusal))
+            }
             Ok(Some(_)) => Err(ControlError::Unexpected.into()),
             Ok(None) | Err(ControlError::Io(_)) => Err(self.ended()),
             Err(error) => Err(error.into()),

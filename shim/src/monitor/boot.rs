@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Duration;
 
 use rvm_protocol::{CONTROL_PORT, GUEST_CID, ROOTFS_TAG, STREAM_PORT};
 use rvm_vmm::event_loop::EventLoop;
@@ -100,6 +101,17 @@ pub fn post_mortem(machine: &Machine) -> String {
         Some(ExitReason::Shutdown) => "the guest's processor shut down".to_owned(),
         Some(ExitReason::Error(words)) => format!("the virtual machine failed: {words}"),
     };
+    with_last_lines(why, machine)
+}
+
+/// What to say of a guest that is up and does not start the container.
+pub fn unanswered_start(machine: &Machine, patience: Option<Duration>) -> String {
+    let seconds = patience.unwrap_or_default().as_secs();
+    let why = format!("the guest is up, but has not started the container's process within {seconds} s");
+    with_last_lines(why, machine)
+}
+
+fn with_last_lines(why: String, machine: &Machine) -> String {
     match last_lines(&machine.console()) {
         lines if lines.is_empty() => why,
         lines => format!("{why}; its last messages: {lines}"),

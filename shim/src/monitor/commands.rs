@@ -80,15 +80,16 @@ impl Service {
         }
     }
 
-    /// Signals the container's process. Before it exists, the signal does to the container what it would do to
-    /// a process that has no handler.
+    /// Signals the container's process. Until it is known to run, the signal does to the container what it would do
+    /// to a process that has no handler.
     fn signal_init(&mut self, signal: i32, all: bool, pending: Pending) {
-        if !self.start_asked {
-            if signals::is_fatal(signal) {
-                // Signal numbers end at 64.
-                let signal = u8::try_from(signal).unwrap_or(libc::SIGKILL as u8);
-                self.outcome.get_or_insert(Outcome::Ended(ExitStatus::Signal(signal)));
-            }
+        let fatal = self.step == Step::Created && signals::is_fatal(signal);
+        if fatal {
+            // Signal numbers end at 64.
+            let signal = u8::try_from(signal).unwrap_or(libc::SIGKILL as u8);
+            self.outcome.get_or_insert(Outcome::Ended(ExitStatus::Signal(signal)));
+        }
+        if fatal || !self.start_asked {
             if let Pending::Signal(client) = pending {
                 self.clients.answer(client, &Answer::Done, &[]);
             }
@@ -144,6 +145,9 @@ impl Service {
             .map_err(|error| format!("cannot draw a random number: {error}"))?;
         self.start_asked = true;
         self.starter = Some(client);
+        if !self.deadlines.contains_key(&Deadline::Boot) {
+            self.expect_start();
+        }
         let start = StartContainer {
             id: self.setup.id.clone(),
             spec: std::mem::take(&mut self.setup.guest_spec),
@@ -155,6 +159,14 @@ impl Service {
         };
         self.request(Request::Start(Box::new(start)), Pending::Start);
         Ok(())
+    }
+
+    /// From now on the guest has the start to answer. That it is up it may say more than once, to no avail.
+    pub(super) fn expect_start(&mut self) {
+        let deadline = self.start_patience.and_then(|patience| Instant::now().checked_add(patience));
+        if let Some(deadline) = deadline {
+            self.deadlines.entry(Deadline::Start).or_insert(deadline);
+        }
     }
 
     fn plug_network(

@@ -20,6 +20,9 @@ impl Service {
                 self.log.debug(format!("{}: the agent is up on Linux {kernel}", self.setup.id));
                 self.deadlines.remove(&Deadline::Boot);
                 self.setup.timeline.mark(Phase::AgentUp);
+                if self.starter.is_some() {
+                    self.expect_start();
+                }
             }
             FromAgent::Reply { request, result } => {
                 self.accept_streams();
@@ -65,6 +68,7 @@ impl Service {
     }
 
     fn on_started(&mut self, result: Result<Reply, AgentError>) {
+        self.deadlines.remove(&Deadline::Start);
         let starter = self.starter.take();
         let result = result.and_then(|_| {
             let failed = |message| AgentError { kind: AgentErrorKind::Other, message };

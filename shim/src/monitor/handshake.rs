@@ -11,7 +11,7 @@ use rvm_protocol::SeccompProgram;
 use serde::{Deserialize, Serialize};
 
 use crate::container::shape::Shape;
-use crate::control::WindowSize;
+use crate::control::{Refusal, WindowSize};
 use crate::logging::LogFormat;
 use crate::timeline::Timeline;
 
@@ -35,8 +35,8 @@ pub enum FromMonitor {
     Prepared,
     /// The container is created: its machine boots.
     Ready,
-    /// It could not be created; the text says why.
-    Failed(String),
+    /// It could not be created.
+    Failed(Refusal),
 }
 
 /// Number of descriptors that always go with [`ToMonitor::Setup`].

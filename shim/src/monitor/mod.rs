@@ -17,6 +17,7 @@ mod events;
 mod execution;
 mod init;
 mod initramfs;
+mod patience;
 mod service;
 mod setup;
 mod streams;
@@ -27,11 +28,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use rvm_protocol::ExitStatus;
+use rvm_protocol::{AgentError, ExitStatus};
 
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
-use crate::control::{ControlError, receive, send};
+use crate::control::{ControlError, Refusal, receive, send};
 use crate::hooks::{self, HookError, HookKind};
 use crate::logging::Log;
 use crate::reexec;
@@ -60,6 +61,9 @@ pub enum MonitorError {
     /// A hook.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// The container's program.
+    #[error(transparent)]
+    Program(#[from] AgentError),
     /// The machine.
     #[error(transparent)]
     Machine(rvm_vmm::machine::MachineError),
@@ -110,6 +114,14 @@ impl MonitorError {
         }
     }
 
+    /// What `create` is told.
+    fn into_refusal(self) -> Refusal {
+        match self {
+            MonitorError::Program(error) => error.into(),
+            other => other.to_string().into(),
+        }
+    }
+
     /// Makes the closure that `map_err` wants.
     fn system<E: Into<Cause>>(what: &str) -> impl FnOnce(E) -> MonitorError {
         let what = what.to_owned();
@@ -133,7 +145,7 @@ pub fn run() -> Result<(), MonitorError> {
     let mut service = match prepare(&socket, setup, inherited) {
         Ok(service) => service,
         Err(error) => {
-            let _ = send(&socket, &FromMonitor::Failed(error.to_string()), &[]);
+            let _ = send(&socket, &FromMonitor::Failed(error.into_refusal()), &[]);
             signals::end(FAILED);
         }
     };
@@ -195,6 +207,8 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     if let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_deref()) {
         hooks::run(HookKind::CreateContainer, hooks, &setup.hook_state)?;
     }
+    // After the hooks, which may have put it there.
+    rootfs.check_program(&spec)?;
     rootfs.pivot()?;
     std::env::set_current_dir(Path::new("/")).map_err(MonitorError::system("cannot enter the new root"))?;
     confine::confine().map_err(MonitorError::system("cannot give up privileges"))?;
@@ -213,6 +227,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
     service.log_to(log);
+    service.expect_start_within(patience::of_start(&spec));
     // The threads that serve files run by now and keep theirs; this one deals with what is open already.
     rvm_vmm::confine::drop_capabilities();
     send(socket, &FromMonitor::Ready, &[])?;

@@ -59,6 +59,8 @@ pub enum Outcome {
 pub(super) enum Deadline {
     /// The agent has not answered.
     Boot,
+    /// The guest is up, and has not answered the start.
+    Start,
     /// The guest has not ended a killed container.
     Kill,
     /// The guest has not written everything back.
@@ -85,6 +87,8 @@ pub struct Service {
     /// The command that has asked for the start and waits for it; once asked, it is not asked again.
     pub(super) starter: Option<ClientId>,
     pub(super) start_asked: bool,
+    /// How long the guest may take to answer it.
+    pub(super) start_patience: Option<Duration>,
     pub(super) next_slot: u8,
     pub(super) pending: HashMap<u64, Pending>,
     pub(super) executions: HashMap<ProcessId, Execution>,
@@ -141,6 +145,7 @@ impl Service {
             step: Step::Created,
             starter: None,
             start_asked: false,
+            start_patience: None,
             next_slot: boot::FIRST_FREE_SLOT,
             pending: HashMap::new(),
             executions: HashMap::new(),
@@ -166,6 +171,11 @@ impl Service {
     /// Writes the error that has ended the container to the log.
     pub fn log_failure(&self, words: &str) {
         self.log.error_to_log(words);
+    }
+
+    /// Ends a container whose start the guest does not answer in this time.
+    pub fn expect_start_within(&mut self, patience: Option<Duration>) {
+        self.start_patience = patience;
     }
 
     /// Ends the container when the other end of a conversation closes.
@@ -323,6 +333,7 @@ impl Service {
             self.deadlines.remove(&deadline);
             match deadline {
                 Deadline::Boot | Deadline::LastWords => self.fail(boot::post_mortem(&self.machine)),
+                Deadline::Start => self.fail(boot::unanswered_start(&self.machine, self.start_patience)),
                 Deadline::Kill => self.end_by_kill(),
                 Deadline::Sync => self.pause_after_sync(),
                 Deadline::Drain => self.outcome = self.init.status().map(Outcome::Ended),

@@ -5,6 +5,7 @@
 //! a place. The guest takes bind mounts out of this tree wherever they are, below its own mounts too.
 
 mod overlay;
+mod program;
 mod sys;
 mod walk;
 
@@ -21,6 +22,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{chdir, fchdir, pivot_root};
 use oci_spec::runtime::{Mount, Spec};
+use rvm_protocol::AgentError;
 
 pub use overlay::Overlay;
 
@@ -137,6 +139,11 @@ impl Rootfs {
             sys::set_attributes(rootfs.root.as_fd(), read_only, false).map_err(failed)?;
         }
         Ok(rootfs)
+    }
+
+    /// Refuses a container whose program cannot be executed by anybody, where that is certain already.
+    pub fn check_program(&self, spec: &Spec) -> Result<(), AgentError> {
+        program::check(self.root.as_fd(), spec)
     }
 
     /// Makes the tree the root of this process, and lets go of the host's.

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
@@ -27,31 +27,64 @@ pub(super) enum Leaf {
 
 /// Opens (`O_PATH`) what the container would find at a path, and makes what is missing on the way.
 pub(super) fn find_or_make(root: BorrowedFd<'_>, path: &Path, leaf: Leaf) -> Result<OwnedFd, Errno> {
-    let mut walk = Walk { root, opened: Vec::new(), left: VecDeque::new(), links: 0 };
-    walk.queue(path.as_os_str());
-    while let Some(name) = walk.left.pop_front() {
-        if name == ".." {
-            walk.opened.pop();
-            continue;
-        }
-        let made_as = if walk.left.is_empty() { leaf } else { Leaf::Directory };
-        let next = walk.open_or_make(&name, made_as)?;
-        walk.step(next, &name)?;
-    }
-    walk.opened.pop().map_or_else(|| dup(root), Ok)
+    let mut walk = Walk::new(root, path);
+    while walk.advance(Some(leaf))? {}
+    walk.opened.pop().map_or_else(|| dup(root), |opened| Ok(opened.descriptor))
 }
 
-struct Walk<'a> {
+/// A lookup, step by step.
+pub(super) struct Walk<'a> {
     root: BorrowedFd<'a>,
     // The way from the root to here; what is nearest is last.
-    opened: Vec<OwnedFd>,
+    opened: Vec<Opened>,
     left: VecDeque<OsString>,
     links: usize,
 }
 
-impl Walk<'_> {
-    fn here(&self) -> BorrowedFd<'_> {
-        self.opened.last().map_or(self.root, AsFd::as_fd)
+struct Opened {
+    name: OsString,
+    descriptor: OwnedFd,
+}
+
+impl<'a> Walk<'a> {
+    /// A lookup that is about to begin.
+    pub(super) fn new(root: BorrowedFd<'a>, path: &Path) -> Self {
+        let mut walk = Walk { root, opened: Vec::new(), left: VecDeque::new(), links: 0 };
+        walk.queue(path.as_os_str());
+        walk
+    }
+
+    /// Takes one step, if one is left. What is missing is made, or without `leaf` an error.
+    pub(super) fn advance(&mut self, leaf: Option<Leaf>) -> Result<bool, Errno> {
+        let Some(name) = self.left.pop_front() else { return Ok(false) };
+        if name == ".." {
+            self.opened.pop();
+            return Ok(true);
+        }
+        let next = match leaf {
+            None => self.open(&name)?,
+            Some(leaf) if self.left.is_empty() => self.open_or_make(&name, leaf)?,
+            Some(_) => self.open_or_make(&name, Leaf::Directory)?,
+        };
+        self.step(next, name)?;
+        Ok(true)
+    }
+
+    /// What was reached (`O_PATH`).
+    pub(super) fn here(&self) -> BorrowedFd<'_> {
+        self.opened.last().map_or(self.root, |opened| opened.descriptor.as_fd())
+    }
+
+    /// Whether the way that is left turns back somewhere.
+    pub(super) fn turns_back(&self) -> bool {
+        self.left.iter().any(|name| name == "..")
+    }
+
+    /// Where in the tree the next step leads, unless to a link: a path without links.
+    pub(super) fn next_path(&self) -> PathBuf {
+        let way = self.opened.iter().map(|opened| &opened.name);
+        let next = self.left.front().filter(|name| *name != "..");
+        way.chain(next).fold(PathBuf::from("/"), |path, name| path.join(name))
     }
 
     /// Puts the components of a path, or of a link's target, before what is left to do.
@@ -65,21 +98,21 @@ impl Walk<'_> {
         }
     }
 
-    fn step(&mut self, next: OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    fn step(&mut self, next: OwnedFd, name: OsString) -> Result<(), Errno> {
         match SFlag::from_bits_truncate(fstat(&next)?.st_mode) & SFlag::S_IFMT {
             SFlag::S_IFLNK => {
                 self.links += 1;
                 if self.links > MAX_LINKS {
                     return Err(Errno::ELOOP);
                 }
-                let target = readlinkat(self.here(), name)?;
+                let target = readlinkat(self.here(), name.as_os_str())?;
                 if Path::new(&target).is_absolute() {
                     self.opened.clear();
                 }
                 self.queue(&target);
             }
-            SFlag::S_IFDIR => self.opened.push(next),
-            _ if self.left.is_empty() => self.opened.push(next),
+            SFlag::S_IFDIR => self.opened.push(Opened { name, descriptor: next }),
+            _ if self.left.is_empty() => self.opened.push(Opened { name, descriptor: next }),
             _ => return Err(Errno::ENOTDIR),
         }
         Ok(())
@@ -137,11 +170,11 @@ mod tests {
             Self { directory, root }
         }
 
-        fn path(&self, below: &str) -> std::path::PathBuf {
+        fn path(&self, below: &str) -> PathBuf {
             self.directory.path().join("root").join(below)
         }
 
-        fn find(&self, path: &str, leaf: Leaf) -> Result<std::path::PathBuf, Errno> {
+        fn find(&self, path: &str, leaf: Leaf) -> Result<PathBuf, Errno> {
             let found = find_or_make(self.root.as_fd(), Path::new(path), leaf)?;
             Ok(fs::read_link(super::super::sys::through(found.as_fd())).unwrap())
         }
