@@ -7,10 +7,11 @@ use oci_spec::runtime::{Hooks, Linux, Mount, Process, Root, Spec};
 use super::error::BundleError;
 use super::options::is_label;
 use super::parse::MAX_BYTES;
+use super::rlimits::inherit_limits;
 use super::{field, is_bind};
 
 /// Leaves out what is the host's business: its paths, its hooks, its security modules, and the seccomp profile,
-/// which travels compiled.
+/// which travels compiled. Adds what a process would inherit.
 pub(super) fn spec_json(spec: &Spec) -> Result<String, BundleError> {
     let mut guest = spec.clone();
     guest.set_root(spec.root().as_ref().map(root)).set_hooks(spec.hooks().as_ref().and_then(hooks));
@@ -61,6 +62,7 @@ fn mount(mount: &mut Mount) {
 fn process(process: &mut Process) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
+    inherit_limits(process);
 }
 
 fn linux(linux: &mut Linux) {

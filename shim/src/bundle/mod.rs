@@ -10,6 +10,7 @@ mod microvm;
 pub mod options;
 mod parse;
 pub mod resources;
+mod rlimits;
 mod validate;
 
 #[cfg(test)]
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
 pub use error::BundleError;
+pub use rlimits::inherit_limits;
 
 use crate::cause::Cause;
 

@@ -11,6 +11,7 @@ use oci_spec::runtime::Process;
 use super::process::ProcessArguments;
 use super::stub::{self, Stub};
 use super::{Context, refuse_descriptors};
+use crate::bundle::inherit_limits;
 use crate::console::{Console, RawMode, window_size};
 use crate::container::create::{send_pidfd, write_pid_file};
 use crate::container::{Container, ContainerError, Status};
@@ -125,7 +126,9 @@ impl Execution {
     }
 
     fn request(&self, process: &Process) -> Result<Exec, Error> {
-        let json = serde_json::to_string(process)
+        let mut inheriting = process.clone();
+        inherit_limits(&mut inheriting);
+        let json = serde_json::to_string(&inheriting)
             .map_err(|error| Error::system("cannot encode the process")(io::Error::from(error)))?;
         let size = || window_size(io::stdin()).unwrap_or_else(|_| asked_size(process));
         let null_stdin = !self.terminal && is_null(io::stdin());
