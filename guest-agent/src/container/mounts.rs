@@ -27,12 +27,16 @@ pub struct Mounter<'a> {
     read_only_later: Vec<OwnedFd>,
     /// A sysfs that the agent has made, where the child may not.
     sysfs: Option<OwnedFd>,
+    /// In a user namespace how access times are kept cannot be changed in copies of mounts that were there before
+    /// (mount_namespaces(7)). For served files the host decides that anyway, whose mounts have the options.
+    fixed_access_times: bool,
 }
 
 impl<'a> Mounter<'a> {
     /// A mounter for this root.
     pub fn new(pristine: &'a Tree, root: &'a Tree, sysfs: Option<OwnedFd>) -> Self {
-        Self { pristine, root, read_only_later: Vec::new(), sysfs }
+        let fixed_access_times = sysfs.is_some();
+        Self { pristine, root, read_only_later: Vec::new(), sysfs, fixed_access_times }
     }
 
     /// Makes one mount.
@@ -64,6 +68,9 @@ impl<'a> Mounter<'a> {
         if let Some(bind) = bind_of(kind, &options) {
             detached = self.clone_pristine(destination, bind)?;
             place = self.place_like(&detached, destination)?;
+            if self.fixed_access_times {
+                options.keep_access_times();
+            }
         } else {
             place = self.directory(kind, destination)?;
             detached = match self.sysfs.take_if(|_| kind == "sysfs") {

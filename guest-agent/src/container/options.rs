@@ -4,6 +4,9 @@ use nix::mount::MsFlags;
 
 use crate::sys::mount::{Change, attribute};
 
+/// The attributes that say when the time of the last access is noted.
+const ACCESS_TIMES: u64 = attribute::ATIME | attribute::NODIRATIME;
+
 /// The options of one mount, taken apart by what they apply to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -43,6 +46,14 @@ impl Options {
     /// Whether the mount ends up read-only.
     pub fn is_read_only(&self) -> bool {
         (self.attributes.set | self.recursive_attributes.set) & attribute::RDONLY != 0
+    }
+
+    /// Leaves how access times are kept as it is.
+    pub fn keep_access_times(&mut self) {
+        for change in [&mut self.attributes, &mut self.recursive_attributes] {
+            change.set &= !ACCESS_TIMES;
+            change.clear &= !ACCESS_TIMES;
+        }
     }
 
     /// The value of the file system's option `key`.
@@ -171,6 +182,13 @@ mod tests {
         assert!(options.is_read_only());
         // These start with an r by nature.
         assert_eq!(parse(&["ro", "relatime"]).recursive_attributes, Change::default());
+    }
+
+    #[test]
+    fn access_times_can_be_left_alone() {
+        let mut options = parse(&["noatime", "nodiratime", "rrelatime", "nosuid", "ro"]);
+        options.keep_access_times();
+        assert_eq!(options, parse(&["nosuid", "ro"]));
     }
 
     #[test]

@@ -21,6 +21,7 @@ crate::tests![
     signals_are_neither_blocked_nor_ignored,
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
+    a_bind_mount_in_a_user_namespace_may_name_how_access_times_are_kept,
     streams_belong_to_the_user_in_a_user_namespace_too,
     an_exec_joins_the_user_namespace,
     scheduling_is_as_asked_for,
@@ -173,6 +174,16 @@ fn a_user_namespace_maps_its_users() {
     use std::os::unix::fs::MetadataExt;
     let made = std::fs::metadata(host.rootfs().join("tmp/new")).unwrap();
     assert_eq!(made.uid(), 100_000);
+}
+
+fn a_bind_mount_in_a_user_namespace_may_name_how_access_times_are_kept() {
+    let (mut host, mut spec) =
+        with_user_namespace(&shell("cat /data/file; grep -c ' /data .*nosuid' /proc/mounts"));
+    let options = ["rbind", "noatime", "nodiratime", "nosuid"];
+    let bind =
+        json!({ "destination": "/data", "type": "bind", "source": "/on/the/host", "options": options });
+    spec["mounts"].as_array_mut().unwrap().push(bind);
+    assert_eq!(host.run(&spec).success(), "from the host1\n");
 }
 
 fn streams_belong_to_the_user_in_a_user_namespace_too() {
