@@ -41,6 +41,9 @@ const PRODUCT: &[Program] = &[
 /// The guest's kernel among the installed files.
 const KERNEL: &str = "lib/rvm/vmlinux";
 
+/// The same kernel in another format, for the suites.
+const BZIMAGE: &str = "lib/rvm-tests/bzImage";
+
 /// The end-to-end suites.
 const SUITES: Program = Program { package: "rvm-tests", binary: "rvm-e2e", installed: "bin/rvm-e2e" };
 
@@ -55,6 +58,7 @@ pub fn artefacts() -> Result<PathBuf> {
 /// As [`artefacts`], with the end-to-end suites.
 pub fn with_suites() -> Result<PathBuf> {
     let root = artefacts()?;
+    install(&kernel::bzimage()?, &root.join(BZIMAGE), 0o644)?;
     programs(&[SUITES])?;
     Ok(root)
 }

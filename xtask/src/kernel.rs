@@ -1,4 +1,5 @@
-//! The guest kernel: pinned source, the project's configuration, one uncompressed ELF image.
+//! The guest kernel: pinned source, the project's configuration, one uncompressed ELF image. The same kernel as a bzImage
+//! is for the tests: users may bring one of their own.
 //!
 //! The result is cached by a hash of everything that went in (pins, configuration, recipe), so it is built once a machine and
 //! once a change.
@@ -33,17 +34,30 @@ const MAKE_VARIABLES: &[&str] = &[
 /// `vmlinux` keeps its notes (the PVH entry point is one), and loses its symbols: System.map lies beside it.
 const STRIP: &[&str] = &["--strip-all"];
 
+/// The files of the two images in the cache's entry.
+const VMLINUX: &str = "vmlinux";
+const BZIMAGE: &str = "bzImage";
+
 /// Changes here when the steps below change in a way that the constants above do not show.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// The lines that `make` prints for one build: the length of the progress bar, no more.
 const MAKE_LINES: u64 = 1840;
 
 /// The guest kernel image, built when it is not cached.
 pub fn vmlinux() -> Result<PathBuf> {
+    Ok(built()?.join(VMLINUX))
+}
+
+/// The same kernel, compressed and with the header of a boot loader's protocol.
+pub fn bzimage() -> Result<PathBuf> {
+    Ok(built()?.join(BZIMAGE))
+}
+
+fn built() -> Result<PathBuf> {
     let built = cache::build_once(&entry(), build)?;
     cache::remove_unused(&cache::cache_dir().join("kernel"))?;
-    Ok(built.join("vmlinux"))
+    Ok(built)
 }
 
 /// The packages that [`vmlinux`] will need: none when the kernel is cached.
@@ -64,7 +78,7 @@ fn key() -> Key {
         .with("recipe", RECIPE)
 }
 
-/// Builds in `entry`, and leaves there the kernel, its symbols, its configuration and the log.
+/// Builds in `entry`, and leaves there both images, the symbols, its configuration and the log.
 fn build(entry: &Path) -> Result<()> {
     packages::ensure(PACKAGES)?;
     let work = entry.join("work");
@@ -72,7 +86,8 @@ fn build(entry: &Path) -> Result<()> {
     let tree = source::unpack(&source::parse_pins(PINS)?, &work)?;
     configure(&tree)?;
     compile(&tree, &entry.join("build.log"))?;
-    strip(&tree.join("vmlinux"), &entry.join("vmlinux"))?;
+    strip(&tree.join("vmlinux"), &entry.join(VMLINUX))?;
+    fs::copy(tree.join("arch/x86/boot/bzImage"), entry.join(BZIMAGE))?;
     fs::copy(tree.join("System.map"), entry.join("System.map"))?;
     fs::copy(tree.join(".config"), entry.join("config"))?;
     cache::remove(&work)
@@ -104,7 +119,7 @@ fn configure(tree: &Path) -> Result<()> {
 fn compile(tree: &Path, log: &Path) -> Result<()> {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let mut progress = Progress::bar("Building the guest kernel", MAKE_LINES);
-    process::run_logged(make(tree).arg(format!("-j{jobs}")).arg("vmlinux"), log, |line| {
+    process::run_logged(make(tree).arg(format!("-j{jobs}")).arg("bzImage"), log, |line| {
         progress.step();
         progress.note(line);
     })?;
