@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 /// How long any command may take before it counts as hanging, and any change before it counts as failed. Far above what the slowest host needs.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(480);
 
 /// What a program left: its output and its exit code (128 and the signal's number when a signal ended it).
 #[derive(Debug)]

@@ -6,8 +6,11 @@
 
 mod accidents;
 mod bad_input;
+mod beside_runc;
 mod bundle;
 mod command;
+mod daemon;
+mod daemons;
 mod engines;
 mod exit_codes;
 mod leftovers;
@@ -37,6 +40,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("bad_input", bad_input::STORIES),
     ("accidents", accidents::STORIES),
     ("programs", programs::STORIES),
+    ("beside_runc", beside_runc::STORIES),
+    ("daemons", daemons::STORIES),
 ];
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 //! Real programs in the debian image: what people run in containers.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use sha2::Digest;
 
 use crate::Story;
@@ -54,6 +54,12 @@ fn postgresql_keeps_its_data_on_a_volume() -> Result<()> {
     outcome.and(freed)
 }
 
+/// What the database's container says of itself.
+fn log(id: &str) -> String {
+    let line = format!("docker logs --tail 20 {id} 2>&1; docker inspect -f '{{{{.State.Status}}}}' {id}");
+    shell(&line).map_or_else(|error| error.to_string(), |outcome| outcome.text())
+}
+
 fn database_lives_twice() -> Result<()> {
     let prepare = "chown postgres /data && cd / && pg=$(ls -d /usr/lib/postgresql/*/bin) && \
                    { test -s /data/PG_VERSION || setpriv --reuid postgres --regid postgres --clear-groups \
@@ -66,7 +72,8 @@ fn database_lives_twice() -> Result<()> {
     };
 
     let first = start()?;
-    eventually("the database answers", || Ok(ask(&first, "select 1")?.text() == "1"))?;
+    eventually("the database answers", || Ok(ask(&first, "select 1")?.text() == "1"))
+        .with_context(|| log(&first))?;
     ask(&first, "create table t (n int)")?.expect_code(0)?;
     ask(&first, "insert into t select generate_series(1, 1000)")?.expect_code(0)?;
     docker(&["stop", "-t", "60", &first])?.expect_code(0)?;
@@ -74,7 +81,8 @@ fn database_lives_twice() -> Result<()> {
     docker(&["rm", &first])?.expect_code(0)?;
 
     let second = start()?;
-    eventually("the database answers again", || Ok(ask(&second, "select 1")?.text() == "1"))?;
+    eventually("the database answers again", || Ok(ask(&second, "select 1")?.text() == "1"))
+        .with_context(|| log(&second))?;
     ask(&second, "select count(*), sum(n) from t")?.expect_text("1000|500500")?;
     docker(&["rm", "-f", &second])?.expect_code(0).map(drop)
 }
