@@ -22,10 +22,11 @@ impl Daemon {
         // Mapped users have to get through.
         std::fs::set_permissions(folder.path(), Permissions::from_mode(0o711))?;
         let place = |name: &str| folder.path().join(name).display().to_string();
-        let mut command = Command::new("dockerd");
-        command.args(["--data-root", &place("data"), "--exec-root", &place("exec")]);
+        // Without a bridge of its own it would remove the host's.
+        let mut command = Command::new("unshare");
+        command.args(["--net", "dockerd", "--data-root", &place("data"), "--exec-root", &place("exec")]);
         command.args(["--pidfile", &place("pid"), "--host", &format!("unix://{}", place("sock"))]);
-        // What it shares with the host's is kept apart by name, and the host's network stays as it is.
+        // What it shares with the host's is kept apart by name.
         command.args(["--containerd-namespace", "e2e", "--containerd-plugins-namespace", "e2e-plugins"]);
         command.args(["--bridge", "none", "--iptables=false", "--ip6tables=false"]);
         command.args(["--config-file", "/dev/null", "--add-runtime", "rvm=/usr/local/bin/rvm"]).args(options);
