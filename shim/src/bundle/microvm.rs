@@ -1,7 +1,11 @@
 //! What runtimes that share the host's kernel can do and a microVM cannot: refused, or without effect.
 
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::stat;
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec,
@@ -29,7 +33,7 @@ const GUEST_DEVICES: [(i64, i64); 10] = [
 pub(super) fn possible(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
     security_modules(spec, warnings);
     own_machine(spec)?;
-    host_name(spec, warnings);
+    host_name(spec, warnings)?;
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     namespaces(linux, warnings)?;
     devices(linux, warnings)?;
@@ -61,22 +65,38 @@ fn own_machine(spec: &Spec) -> Result<(), BundleError> {
     }
 }
 
-/// Without a namespace of its own for names, the container shows the host's (`--uts=host`).
-fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) {
-    let own = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
-    if own.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
-        return;
+/// Without a namespace of its own for names, the container shows the host's (`--uts=host`), or that of the namespace which
+/// it joins.
+fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    let list = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    let (whose, name) = match list.enumerate().find(|(_, namespace)| namespace.typ() == LinuxNamespaceType::Uts) {
+        None => ("the host's", nix::unistd::gethostname().ok()),
+        Some((index, namespace)) => {
+            let Some(path) = namespace.path() else { return Ok(()) };
+            let refused = |cause: Cause| {
+                field(format!("linux.namespaces[{index}].path"), format!("cannot use {}: {cause}", path.display()))
+            };
+            ("that namespace's", Some(name_within(path).map_err(refused)?))
+        }
+    };
+    warnings.push(format!(
+        "linux.namespaces: the container has {whose} name, but not its UTS namespace: a later change of the name, on \
+         either side, does not reach the other"
+    ));
+    if spec.hostname().is_none() {
+        spec.set_hostname(name.map(|name| name.to_string_lossy().into_owned()));
     }
-    warnings.push(
-        "linux.namespaces: the container has the host's name, but not its UTS namespace: a later change of the \
-         name, on either side, does not reach the other"
-            .into(),
-    );
-    if spec.hostname().is_none()
-        && let Ok(name) = nix::unistd::gethostname()
-    {
-        spec.set_hostname(Some(name.to_string_lossy().into_owned()));
-    }
+    Ok(())
+}
+
+/// The host's name in a UTS namespace, which a thread enters to see it.
+fn name_within(path: &Path) -> Result<OsString, Cause> {
+    let namespace = File::open(path)?;
+    let look = move || -> Result<OsString, Cause> {
+        setns(namespace, CloneFlags::CLONE_NEWUTS)?;
+        Ok(nix::unistd::gethostname()?)
+    };
+    std::thread::spawn(look).join().map_err(|_| Cause::from(io::Error::other("the thread for it failed")))?
 }
 
 fn kernel_features(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
@@ -139,8 +159,10 @@ fn joined(
 ) -> Result<(), BundleError> {
     let problem = match namespace.typ() {
         LinuxNamespaceType::Network => return network(path, name),
-        LinuxNamespaceType::Uts | LinuxNamespaceType::Cgroup => {
-            warnings.push(format!("{name} is ignored: the container has this namespace to itself"));
+        // What becomes of the name, `host_name` tells.
+        LinuxNamespaceType::Uts => return Ok(()),
+        LinuxNamespaceType::Cgroup => {
+            warnings.push(format!("{name} is the monitor's: the container has a namespace of the guest's to itself"));
             return Ok(());
         }
         LinuxNamespaceType::Pid => "see the processes of another container or of the host",

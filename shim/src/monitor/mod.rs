@@ -180,7 +180,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 
-    setup::enter_namespaces(setup.network_namespace.as_deref())?;
+    setup::enter_namespaces(&spec)?;
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
     setup.timeline.mark(Phase::RootfsReady);
