@@ -158,8 +158,14 @@ pub fn sync() {
     unistd::sync();
 }
 
+/// A sysfs whose source has the name that programs expect and mount tables show.
 fn make_sysfs() -> Result<OwnedFd> {
-    FileSystem::open("sysfs").and_then(|sysfs| sysfs.mount()).context(|| "making a sysfs for the container")
+    let make = || {
+        let sysfs = FileSystem::open("sysfs")?;
+        sysfs.set("source", Some("sysfs"))?;
+        sysfs.mount()
+    };
+    make().context(|| "making a sysfs for the container")
 }
 
 fn mount_pristine(settings: &Settings) -> Result<()> {

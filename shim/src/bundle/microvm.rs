@@ -16,12 +16,13 @@ use super::{field, impossible, resources};
 use crate::cause::Cause;
 
 /// Character devices that every guest has of its own: major and minor number.
-const GUEST_DEVICES: [(i64, i64); 10] = [
+const GUEST_DEVICES: [(i64, i64); 11] = [
     (1, 3),    // null
     (1, 5),    // zero
     (1, 7),    // full
     (1, 8),    // random
     (1, 9),    // urandom
+    (1, 11),   // kmsg
     (5, 0),    // tty
     (5, 1),    // console
     (5, 2),    // ptmx
@@ -198,7 +199,7 @@ fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleEr
     let Some(list) = linux.devices().clone() else { return Ok(()) };
     if privileged {
         // Engines list each device of the host then. Privileged means the privileges of the guest.
-        let (kept, dropped): (Vec<_>, Vec<_>) = list.into_iter().partition(is_of_the_guest);
+        let (kept, dropped): (Vec<_>, Vec<_>) = list.into_iter().partition(is_possible);
         if !dropped.is_empty() {
             warnings.push(format!(
                 "linux.devices: {} devices of the host are not given; a privileged container has the guest's",
@@ -208,7 +209,7 @@ fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleEr
         linux.set_devices(Some(kept));
         return Ok(());
     }
-    match list.iter().position(|device| !is_of_the_guest(device)) {
+    match list.iter().position(|device| !is_possible(device)) {
         None => Ok(()),
         Some(index) => {
             let problem = format!("pass the host's device {}", list[index].path().display());
@@ -224,12 +225,29 @@ fn allows_every_device(resources: &LinuxResources) -> bool {
     })
 }
 
+fn is_possible(device: &LinuxDevice) -> bool {
+    is_of_the_guest(device) || !is_of_the_host(device)
+}
+
 fn is_of_the_guest(device: &LinuxDevice) -> bool {
     match device.typ() {
         LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.contains(&(device.major(), device.minor())),
         LinuxDeviceType::P => true,
         LinuxDeviceType::A | LinuxDeviceType::B => false,
     }
+}
+
+/// Whether the host has a device of these numbers. A node of others leads nowhere, here as there, and is no more than a node.
+fn is_of_the_host(device: &LinuxDevice) -> bool {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => "block",
+        LinuxDeviceType::C | LinuxDeviceType::U => "char",
+        LinuxDeviceType::P => return false,
+        LinuxDeviceType::A => return true,
+    };
+    let name = format!("/sys/dev/{kind}/{}:{}", device.major(), device.minor());
+    // Where that cannot be seen the answer is the one that gives nothing away.
+    !Path::new("/sys/dev").is_dir() || Path::new(&name).exists()
 }
 
 fn hardware(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {

@@ -165,8 +165,8 @@ fn every_broken_field_is_named_in_one_line() {
         ),
         (
             "/mounts/-",
-            bound(json!(["bind", "size=1m"])),
-            "mounts[4].options: `size=1m` is not an option of a bind",
+            bound(json!(["bind", "sighs=1m"])),
+            "mounts[4].options: `sighs=1m` is not an option of a bind",
         ),
         ("/mounts/-", bound(json!(["bind", "idmap"])), "mounts[4]: a microVM cannot do this: id-mapped"),
         ("/mounts/3/source", Value::Null, "mounts[3].source: a bind mount needs a source"),
@@ -205,7 +205,8 @@ fn every_broken_field_is_named_in_one_line() {
 fn what_a_microvm_cannot_do_is_refused_in_its_own_words() {
     let namespaces = |list: &[&str]| -> Value { list.iter().map(|kind| json!({ "type": kind })).collect() };
     let joined = |kind: &str, path: &str| json!({ "type": kind, "path": path });
-    let device = json!({ "path": "/dev/snd", "type": "c", "major": 116, "minor": 1 });
+    // The host's memory, a device that every host has.
+    let device = json!({ "path": "/dev/snd", "type": "c", "major": 1, "minor": 1 });
     let cases = [
         ("/linux/namespaces", namespaces(&["mount", "network", "ipc"]), "--pid=host"),
         ("/linux/namespaces", namespaces(&["mount", "network", "pid"]), "--ipc=host"),
@@ -229,7 +230,7 @@ fn what_a_microvm_cannot_do_is_refused_in_its_own_words() {
 #[test]
 fn devices_of_the_guest_are_fine_and_privileged_gets_no_others() {
     let sink = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
-    let disk = json!({ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 });
+    let disk = json!({ "path": "/dev/mem", "type": "c", "major": 1, "minor": 1 });
     assert!(load(&with("/linux/devices", json!([sink]))).is_ok());
     let mut privileged = with("/linux/devices", json!([sink, disk]));
     assert!(load(&privileged).is_err());
@@ -237,6 +238,27 @@ fn devices_of_the_guest_are_fine_and_privileged_gets_no_others() {
     let bundle = load(&privileged).unwrap();
     assert_eq!(guest(&bundle)["linux"]["devices"], json!([sink]));
     assert!(bundle.warnings.iter().any(|warning| warning.contains("1 devices of the host")));
+}
+
+#[test]
+fn a_node_that_is_no_device_of_the_host_is_a_node() {
+    let nodes = json!([
+        { "path": "/dev/test1", "type": "c", "major": 10, "minor": 66_600 },
+        { "path": "/dev/test2", "type": "b", "major": 8, "minor": 66_600 },
+        { "path": "/dev/test3", "type": "p" },
+    ]);
+    let bundle = load(&with("/linux/devices", nodes)).unwrap();
+    assert_eq!(guest(&bundle)["linux"]["devices"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn options_of_a_file_system_mean_nothing_to_a_bind() {
+    let bind = json!({
+        "destination": "/mnt", "type": "tmpfs", "source": "/etc", "options": ["strictatime", "mode=755", "size=1k", "bind"],
+    });
+    let bundle = load(&with("/mounts/-", bind)).unwrap();
+    let words = bundle.warnings.join("\n");
+    assert!(words.contains("`mode=755` is ignored") && words.contains("`size=1k` is ignored"), "{words}");
 }
 
 #[test]
@@ -450,6 +472,25 @@ fn what_has_no_effect_is_said_and_what_cannot_be_done_is_refused() {
     }
     let bundle = load(&with("/vm", kernel(json!({})))).unwrap();
     assert_eq!(bundle.kernel(), Some(Path::new("/boot/vmlinux")));
+}
+
+#[test]
+fn a_container_that_joins_a_uts_namespace_has_its_name() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let joined = |kind: &str| {
+        let path = format!("/proc/{}/ns/{kind}", std::process::id());
+        let mut config = with("/linux/namespaces/2", json!({ "type": "uts", "path": path }));
+        config.as_object_mut().unwrap().remove("hostname");
+        config
+    };
+    let bundle = load(&joined("uts")).unwrap();
+    let name = nix::unistd::gethostname().unwrap();
+    assert_eq!(guest(&bundle)["hostname"], name.to_str().unwrap());
+    assert!(bundle.warnings.iter().any(|warning| warning.contains("that namespace's name")));
+    let message = refusal(&joined("cgroup"));
+    assert!(message.contains("linux.namespaces[2].path: cannot use /proc/"), "{message}");
 }
 
 #[test]

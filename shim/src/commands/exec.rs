@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, ExitCode};
+use std::time::Duration;
 
 use clap::Args;
 use oci_spec::runtime::Process;
@@ -17,6 +18,9 @@ use crate::container::{Container, ContainerError, Status};
 use crate::control::{Connection, Exec, WindowSize};
 use crate::error::Error;
 use crate::stdio::is_null;
+
+/// How often a container that is paused is looked at.
+const PAUSE_POLL: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Args)]
 pub(super) struct ExecArguments {
@@ -38,8 +42,8 @@ pub(super) struct ExecArguments {
     /// Accepted for compatibility, without effect: the guest has one cgroup for a container
     #[arg(long, value_name = "PATH", hide = true)]
     cgroup: Vec<String>,
-    /// Accepted for compatibility, without effect
-    #[arg(long, hide = true)]
+    /// In a container that is paused, wait until it goes on
+    #[arg(long)]
     ignore_paused: bool,
     /// The container's ID
     #[arg(value_name = "ID")]
@@ -54,6 +58,9 @@ pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCo
         return Err(Error::Usage("--pidfd-socket is not supported: use --pid-file".into()));
     }
     let container = Container::open(&context.root, &arguments.id)?;
+    while arguments.ignore_paused && container.status() == Status::Paused {
+        std::thread::sleep(PAUSE_POLL);
+    }
     match container.status() {
         Status::Running => {}
         status => return Err(ContainerError::NoExec(status).into()),

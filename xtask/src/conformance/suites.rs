@@ -38,7 +38,7 @@ pub struct Suite {
     build: fn(&Path, &Path) -> Result<()>,
     /// The command that prints the names of the parts, a line each, among others without letters.
     list: &'static [&'static str],
-    /// The command that runs the part PART with the runtime RUNTIME.
+    /// The command that runs the part PART with the runtime that the environment names.
     run: &'static [&'static str],
     understand: fn(&str) -> Outcomes,
 }
@@ -74,7 +74,7 @@ pub const SUITES: &[Suite] = &[
         },
         build: build_contest,
         list: &["./contest", "list"],
-        run: &["./contest", "run", "--runtime", "RUNTIME", "--runtimetest", "./runtimetest", "-t", "PART"],
+        run: &["./contest", "run", "--runtime", "../patient", "--runtimetest", "./runtimetest", "-t", "PART"],
         understand: results::of_contest,
     },
 ];
@@ -173,11 +173,7 @@ impl Bench {
         let path = self.host.run(["which", runtime])?;
         let path = String::from_utf8_lossy(&path.stdout).trim().to_owned();
         ensure!(!path.is_empty(), "the test host has no {runtime}");
-        let words: Vec<_> = suite
-            .run
-            .iter()
-            .map(|word| word.replace("PART", &part.name).replace("RUNTIME", &path))
-            .collect();
+        let words: Vec<_> = suite.run.iter().map(|word| word.replace("PART", &part.name)).collect();
         let words: Vec<_> = words.iter().map(String::as_str).collect();
         let output = self.script(RUN, &[suite.name, &path, SECONDS], &words)?;
         let file = format!("{}-{}-{runtime}", suite.name, part.name.replace('/', "_"));
