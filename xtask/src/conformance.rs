@@ -22,8 +22,10 @@ use crate::{build, kernel};
 use results::{Case, Comparison};
 use suites::{Bench, Part, SUITES};
 
-/// The runtime that is the measure, and ours.
-const RUNTIMES: [&str; 2] = ["runc", "rvm"];
+/// The runtime that is the measure.
+const RUNC: &str = "runc";
+/// Ours.
+const RVM: &str = "rvm";
 
 /// What to run, and where the results go.
 #[derive(Debug, clap::Args)]
@@ -62,14 +64,17 @@ fn compared(bench: &Bench, filters: &[String]) -> Result<Vec<Case>> {
     for suite in SUITES {
         let parts: Vec<_> =
             suite.parts(bench)?.into_iter().filter(|part| is_selected(part, filters)).collect();
-        let mut progress = Progress::bar(suite.name, (parts.len() * RUNTIMES.len()) as u64);
+        let mut progress = Progress::bar(suite.name, (parts.len() * 2) as u64);
         for part in &parts {
-            let [mut runc, mut rvm] = [Vec::new(), Vec::new()];
-            for (runtime, outcomes) in RUNTIMES.into_iter().zip([&mut runc, &mut rvm]) {
+            let mut run = |runtime| {
                 progress.note(&format!("{} with {runtime}", part.name));
-                *outcomes = bench.run(suite, part, runtime)?;
+                let outcomes = bench.run(suite, part, runtime);
                 progress.step();
-            }
+                outcomes
+            };
+            let (mut runc, mut rvm) = (run(RUNC)?, run(RVM)?);
+            bench.complete(suite, part, RUNC, &rvm, &mut runc)?;
+            bench.complete(suite, part, RVM, &runc, &mut rvm)?;
             cases.extend(results::paired(suite.name, &part.name, runc, rvm));
         }
         progress.finish();

@@ -106,6 +106,7 @@ pub enum RootfsError {
 #[derive(Debug)]
 pub struct Rootfs {
     root: OwnedFd,
+    read_only: bool,
 }
 
 impl Rootfs {
@@ -119,7 +120,8 @@ impl Rootfs {
         isolate()?;
         let failed = |errno: Errno| RootfsError::Root { path: path.into(), cause: errno.into() };
         let root = bind_on_itself(path).map_err(failed)?;
-        let rootfs = Rootfs { root };
+        let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+        let rootfs = Rootfs { root, read_only };
         let mounts = spec.mounts().as_deref().unwrap_or_default();
         for (index, mount) in mounts.iter().enumerate() {
             match is_bind(mount) {
@@ -127,24 +129,23 @@ impl Rootfs {
                 false => rootfs.make_room(index, mounts)?,
             }
         }
-        let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
         if read_only {
             rootfs.make_working_directory(spec);
-        }
-        // Last, since mount points had to be made in it.
-        if read_only {
-            let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
-            sys::set_attributes(rootfs.root.as_fd(), read_only, false).map_err(failed)?;
         }
         Ok(rootfs)
     }
 
-    /// Makes the tree the root of this process, and lets go of the host's.
+    /// Makes the tree the root of this process, and lets go of the host's. From here on a root that is to be read-only is:
+    /// before, mount points had to be made in it, and hooks of the container may have written to it.
     pub fn pivot(self) -> Result<(), RootfsError> {
         self.change_root().map_err(RootfsError::Pivot)
     }
 
     fn change_root(&self) -> Result<(), Cause> {
+        if self.read_only {
+            let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+            sys::set_attributes(self.root.as_fd(), read_only, false)?;
+        }
         let old = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/")?;
         fchdir(&self.root)?;
         // With the same place for both, the old root comes to lie on top of the new one (pivot_root(2)).

@@ -154,6 +154,19 @@ fn a_read_only_root_still_gets_its_mount_points() {
 }
 
 #[test]
+fn hooks_can_still_write_to_a_root_that_will_be_read_only() {
+    let stage = Stage::new();
+    in_new_namespace(|| {
+        let rootfs = stage.prepare(json!([guest_mount("/proc", "proc")]), true).unwrap();
+        fs::write(stage.path("rootfs/cache"), "of a hook").unwrap();
+        rootfs.pivot().unwrap();
+        assert_eq!(fs::read_to_string("/cache").unwrap(), "of a hook");
+        assert_eq!(errno(fs::write("/cache", "")), Errno::EROFS);
+        mount_proc();
+    });
+}
+
+#[test]
 fn a_read_only_root_still_gets_its_working_directory() {
     let stage = Stage { cwd: "/link/deep/here", ..Stage::new() };
     symlink("/srv/../..", stage.path("rootfs/link")).unwrap();

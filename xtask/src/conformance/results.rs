@@ -127,7 +127,8 @@ pub fn paired(suite: &'static str, part: &str, runc: Outcomes, rvm: Outcomes) ->
         .collect()
 }
 
-fn has(outcomes: &Outcomes, name: &str) -> bool {
+/// Whether the case is among them.
+pub fn has(outcomes: &Outcomes, name: &str) -> bool {
     outcomes.iter().any(|(known, _)| known == name)
 }
 

@@ -41,6 +41,8 @@ pub struct Suite {
     /// The command that runs the part PART with the runtime that the environment names.
     run: &'static [&'static str],
     understand: fn(&str) -> Outcomes,
+    /// Whether a part's cases can be run by themselves, as PART::CASE.
+    single_cases: bool,
 }
 
 /// A program or group of a suite, which is run at once.
@@ -63,6 +65,7 @@ pub const SUITES: &[Suite] = &[
         list: &["ls", "programs"],
         run: &["programs/PART"],
         understand: results::of_tap,
+        single_cases: false,
     },
     Suite {
         name: "contest",
@@ -76,6 +79,7 @@ pub const SUITES: &[Suite] = &[
         list: &["./contest", "list"],
         run: &["./contest", "run", "--runtime", "../patient", "--runtimetest", "./runtimetest", "-t", "PART"],
         understand: results::of_contest,
+        single_cases: true,
     },
 ];
 
@@ -145,6 +149,10 @@ impl Part {
     fn named(name: &str) -> Self {
         Self { name: name.to_owned() }
     }
+
+    fn single(&self, case: &str) -> Self {
+        Self { name: format!("{}::{case}", self.name) }
+    }
 }
 
 /// The test host with the suites in it.
@@ -168,6 +176,25 @@ impl Bench {
         Ok(bench)
     }
 
+    /// Runs those of the cases `known` by themselves that are not among `outcomes`, because the program broke before it
+    /// came to them or before it told of them.
+    pub fn complete(
+        &self,
+        suite: &Suite,
+        part: &Part,
+        runtime: &str,
+        known: &Outcomes,
+        outcomes: &mut Outcomes,
+    ) -> Result<()> {
+        let missing: Vec<_> = known.iter().filter(|(name, _)| !results::has(outcomes, name)).collect();
+        for (name, _) in missing.into_iter().filter(|_| suite.single_cases) {
+            let single = self.run(suite, &part.single(name), runtime)?;
+            let outcome = single.iter().find(|(found, _)| found == name).map(|(_, outcome)| *outcome);
+            results::add(outcomes, name, outcome.unwrap_or(Outcome::Failed));
+        }
+        Ok(())
+    }
+
     /// Runs a part with a runtime.
     pub fn run(&self, suite: &Suite, part: &Part, runtime: &str) -> Result<Outcomes> {
         let path = self.host.run(["which", runtime])?;
@@ -176,7 +203,7 @@ impl Bench {
         let words: Vec<_> = suite.run.iter().map(|word| word.replace("PART", &part.name)).collect();
         let words: Vec<_> = words.iter().map(String::as_str).collect();
         let output = self.script(RUN, &[suite.name, &path, SECONDS], &words)?;
-        let file = format!("{}-{}-{runtime}", suite.name, part.name.replace('/', "_"));
+        let file = format!("{}-{}-{runtime}", suite.name, part.name.replace("::", "-"));
         let whole = [output.stdout.as_slice(), b"\n-- stderr\n", output.stderr.as_slice()].concat();
         fs::write(self.outputs.join(&file), whole).with_context(|| format!("cannot write {file}"))?;
         let mut outcomes = (suite.understand)(&String::from_utf8_lossy(&output.stdout));
