@@ -70,16 +70,20 @@ fn own_machine(spec: &Spec) -> Result<(), BundleError> {
 /// it joins.
 fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
     let list = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
-    let (whose, name) = match list.enumerate().find(|(_, namespace)| namespace.typ() == LinuxNamespaceType::Uts) {
-        None => ("the host's", nix::unistd::gethostname().ok()),
-        Some((index, namespace)) => {
-            let Some(path) = namespace.path() else { return Ok(()) };
-            let refused = |cause: Cause| {
-                field(format!("linux.namespaces[{index}].path"), format!("cannot use {}: {cause}", path.display()))
-            };
-            ("that namespace's", Some(name_within(path).map_err(refused)?))
-        }
-    };
+    let (whose, name) =
+        match list.enumerate().find(|(_, namespace)| namespace.typ() == LinuxNamespaceType::Uts) {
+            None => ("the host's", nix::unistd::gethostname().ok()),
+            Some((index, namespace)) => {
+                let Some(path) = namespace.path() else { return Ok(()) };
+                let refused = |cause: Cause| {
+                    field(
+                        format!("linux.namespaces[{index}].path"),
+                        format!("cannot use {}: {cause}", path.display()),
+                    )
+                };
+                ("that namespace's", Some(name_within(path).map_err(refused)?))
+            }
+        };
     warnings.push(format!(
         "linux.namespaces: the container has {whose} name, but not its UTS namespace: a later change of the name, on \
          either side, does not reach the other"
@@ -163,7 +167,9 @@ fn joined(
         // What becomes of the name, `host_name` tells.
         LinuxNamespaceType::Uts => return Ok(()),
         LinuxNamespaceType::Cgroup => {
-            warnings.push(format!("{name} is the monitor's: the container has a namespace of the guest's to itself"));
+            warnings.push(format!(
+                "{name} is the monitor's: the container has a namespace of the guest's to itself"
+            ));
             return Ok(());
         }
         LinuxNamespaceType::Pid => "see the processes of another container or of the host",

@@ -122,7 +122,6 @@ fn every_broken_field_is_named_in_one_line() {
         ("/process/cwd", Value::Null, "process.cwd: invalid type: null"),
         ("/process/env/1", json!("HOSTNAME"), "process.env[1]: `HOSTNAME` is not of the form"),
         ("/process/user/uid", json!(-1), "process.user.uid: invalid value: integer `-1`"),
-        ("/process/capabilities/bounding/1", json!("CAP_FLY"), "bounding[1]: `CAP_FLY` is not known"),
         (
             "/process/rlimits/0/type",
             json!("RLIMIT_FUN"),
@@ -252,6 +251,14 @@ fn a_node_that_is_no_device_of_the_host_is_a_node() {
 }
 
 #[test]
+fn a_capability_that_nobody_knows_is_told_of_and_not_given() {
+    let bundle = load(&with("/process/capabilities/bounding/1", json!("CAP_FLY"))).unwrap();
+    assert_eq!(guest(&bundle)["process"]["capabilities"]["bounding"], json!(["CAP_CHOWN"]));
+    assert!(bundle.warnings.iter().any(|warning| warning.contains("unavailable capabilities: [CAP_FLY]")));
+    assert!(refusal(&with("/process/capabilities/bounding/1", json!(7))).contains("bounding[1]"));
+}
+
+#[test]
 fn options_of_a_file_system_mean_nothing_to_a_bind() {
     let bind = json!({
         "destination": "/mnt", "type": "tmpfs", "source": "/etc", "options": ["strictatime", "mode=755", "size=1k", "bind"],
@@ -316,10 +323,10 @@ fn a_process_of_exec_is_checked_like_the_first() {
     let path = directory.path().join("process");
     let mut process = config()["process"].clone();
     std::fs::write(&path, process.to_string()).unwrap();
-    assert_eq!(load_process(&path).unwrap().args().as_ref().unwrap(), &["sh"]);
+    assert_eq!(load_process(&path, &mut Vec::new()).unwrap().args().as_ref().unwrap(), &["sh"]);
     process["cwd"] = json!("relative");
     std::fs::write(&path, process.to_string()).unwrap();
-    let message = load_process(&path).unwrap_err().to_string();
+    let message = load_process(&path, &mut Vec::new()).unwrap_err().to_string();
     assert_eq!(message, "process.json: cwd: `relative` is not an absolute path");
 }
 

@@ -66,7 +66,9 @@ pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCo
         status => return Err(ContainerError::NoExec(status).into()),
     }
     let tty = arguments.process.tty;
-    let process = arguments.process.into_process(&container)?;
+    let mut warnings = Vec::new();
+    let process = arguments.process.into_process(&container, &mut warnings)?;
+    warnings.iter().for_each(|warning| context.log.warning(warning));
     let execution = Execution {
         terminal: tty || process.terminal().unwrap_or(false),
         container,

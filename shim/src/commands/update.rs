@@ -198,7 +198,8 @@ mod tests {
 
     #[test]
     fn sizes_have_the_units_of_other_runtimes() {
-        let sizes = ["-1", "0", "33554432", "50M", "50mb", "50MiB", "1.5k", "1g", "2b"].map(|text| size(text).unwrap());
+        let sizes = ["-1", "0", "33554432", "50M", "50mb", "50MiB", "1.5k", "1g", "2b"]
+            .map(|text| size(text).unwrap());
         assert_eq!(sizes, [-1, 0, 33_554_432, 50 << 20, 50 << 20, 50 << 20, 1536, 1 << 30, 2]);
         for text in ["", "M", "5x", "-5M", "1e400", "9999999P", "nan", "inf"] {
             assert!(size(text).is_err(), "{text}");

@@ -71,4 +71,7 @@ pub struct Setup {
     pub tied: bool,
     /// What has passed so far.
     pub timeline: Timeline,
+    /// Mount points below volumes, which the monitor finds out itself.
+    #[serde(skip)]
+    pub submounts: Vec<String>,
 }

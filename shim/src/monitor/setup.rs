@@ -112,7 +112,8 @@ mod tests {
         namespaces: serde_json::Value,
         look: impl FnOnce(Result<(), MonitorError>) -> T + Send + 'static,
     ) -> T {
-        let spec = json!({ "ociVersion": "1.2.0", "hostname": "kitchen", "linux": { "namespaces": namespaces } });
+        let spec =
+            json!({ "ociVersion": "1.2.0", "hostname": "kitchen", "linux": { "namespaces": namespaces } });
         let spec: Spec = serde_json::from_value(spec).unwrap();
         std::thread::spawn(move || look(enter_namespaces(&spec))).join().unwrap()
     }
@@ -148,7 +149,8 @@ mod tests {
             inode("cgroup")
         });
         assert_eq!(joined, own);
-        let refused = within(json!([{ "type": "uts", "path": &there }]), |entered| entered.unwrap_err().to_string());
+        let refused =
+            within(json!([{ "type": "uts", "path": &there }]), |entered| entered.unwrap_err().to_string());
         assert!(refused.starts_with(&format!("cannot join the UTS namespace {there}: ")), "{refused}");
     }
 }

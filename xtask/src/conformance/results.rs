@@ -148,7 +148,8 @@ impl Comparison {
 
     fn by(cases: &[Case], complete: bool, list: &[impossible::Impossible]) -> Self {
         let listed = |case: &Case| {
-            list.iter().any(|entry| (entry.suite, entry.part, entry.case) == (case.suite, &case.part, &case.name))
+            list.iter()
+                .any(|entry| (entry.suite, entry.part, entry.case) == (case.suite, &case.part, &case.name))
         };
         let mut problems = Vec::new();
         for case in cases {
@@ -156,11 +157,13 @@ impl Comparison {
             if case.is_behind() && !listed(case) {
                 problems.push(format!("passed with runc, {} with rvm: {name}", case.rvm));
             } else if case.rvm == Outcome::Passed && listed(case) {
-                problems.push(format!("passed with rvm though it is in the list of impossible cases: {name}"));
+                problems
+                    .push(format!("passed with rvm though it is in the list of impossible cases: {name}"));
             }
         }
         for entry in list.iter().filter(|_| complete) {
-            let known = |case: &Case| (entry.suite, entry.part, entry.case) == (case.suite, &case.part, &case.name);
+            let known =
+                |case: &Case| (entry.suite, entry.part, entry.case) == (case.suite, &case.part, &case.name);
             if !cases.iter().any(known) {
                 let name = format!("{} / {} / {}", entry.suite, entry.part, entry.case);
                 problems.push(format!("in the list of impossible cases but in no suite: {name}"));

@@ -72,7 +72,8 @@ fn archive_from(source: &Source, repository: &Path, to: &Path) -> Result<()> {
     let pipe = archive.stdout.take().context("git has no output")?;
     let mut tar = Command::new("tar");
     // What git wrote before it failed is no archive for tar to complain about.
-    let tar = tar.arg("-xC").arg(to).stdin(pipe).stderr(Stdio::null()).status().context("cannot start tar")?;
+    let tar =
+        tar.arg("-xC").arg(to).stdin(pipe).stderr(Stdio::null()).status().context("cannot start tar")?;
     let archive = archive.wait_with_output()?;
     let said = String::from_utf8_lossy(&archive.stderr).into_owned();
     ensure!(

@@ -70,7 +70,10 @@ mod tests {
     fn parts_without_a_difference_take_one_row() {
         let table = of(&cases());
         assert_eq!(table.lines().count(), 4, "{table}");
-        assert!(table.contains("passed   passed   well (2)") && table.contains("passed   FAILED   ill: b"), "{table}");
+        assert!(
+            table.contains("passed   passed   well (2)") && table.contains("passed   FAILED   ill: b"),
+            "{table}"
+        );
     }
 
     #[test]
