@@ -325,7 +325,7 @@ fn mounts_below_volumes_are_known_by_their_places_in_the_container() {
         fs::create_dir(stage.path("volume/nested")).unwrap();
         let place = stage.path("volume/nested");
         isolate().unwrap();
-        nix::mount::mount(Some("x"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        mount(Some("x"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let mounts = json!([guest_mount("/proc", "proc"), stage.bind("volume", "/data", &["rbind"])]);
         let rootfs = stage.prepare(mounts, false).unwrap();
         assert_eq!(submounts(&stage.path("rootfs").canonicalize().unwrap()).unwrap(), ["data/nested"]);
