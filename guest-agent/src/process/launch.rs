@@ -228,7 +228,7 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
     let name = arguments.first().ok_or_else(|| other("the process has no arguments"))?;
     let program = lookup::find(name, &environment)?;
     if place == Place::New {
-        hooks::run_start_container(container)?;
+        hooks::run_start_container(container, &environment)?;
     }
     if no_new_privileges {
         install(filter)?;

@@ -28,6 +28,7 @@ crate::tests![
     only_the_devices_of_the_rules_can_be_used,
     device_rules_can_be_changed,
     hooks_run_in_the_container,
+    a_hook_without_an_environment_has_that_of_the_process,
     a_failing_hook_ends_the_start,
 ];
 
@@ -297,6 +298,15 @@ fn hooks_run_in_the_container() {
     assert_eq!(state["status"], "created");
     assert_eq!(state["bundle"], "/bundle");
     assert_eq!(variable, "value\n");
+}
+
+fn a_hook_without_an_environment_has_that_of_the_process() {
+    let mut process = shell("cat /tmp/variable");
+    process["env"] = json!(["PATH=/bin", "VARIABLE=of the process"]);
+    let mut spec = container(&process);
+    let command = "echo $VARIABLE > /tmp/variable";
+    spec["hooks"] = json!({ "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", command] }] });
+    assert_eq!(Host::new().run(&spec).success(), "of the process\n");
 }
 
 fn a_failing_hook_ends_the_start() {

@@ -227,7 +227,9 @@ fn what_a_microvm_cannot_do_is_refused_in_its_own_words() {
 
 /// Some device of this host that a guest has not: neither memory, terminal, nor one of the miscellaneous.
 fn device_of_the_host(path: &str) -> Value {
-    let names = std::fs::read_dir("/sys/dev/char").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names = std::fs::read_dir("/sys/dev/char")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut numbers = names.filter_map(|name| {
         let (major, minor) = name.split_once(':')?;
         Some((major.parse::<i64>().ok()?, minor.parse::<i64>().ok()?))

@@ -127,6 +127,11 @@ pub fn paired(suite: &'static str, part: &str, runc: Outcomes, rvm: Outcomes) ->
         .collect()
 }
 
+/// Whether the program had to be ended.
+pub fn has_timed_out(outcomes: &Outcomes) -> bool {
+    outcomes.iter().any(|(name, outcome)| name == END && *outcome == Outcome::Missing)
+}
+
 /// Whether the case is among them.
 pub fn has(outcomes: &Outcomes, name: &str) -> bool {
     outcomes.iter().any(|(known, _)| known == name)
