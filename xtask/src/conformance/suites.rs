@@ -24,7 +24,7 @@ const RUN: &str = include_str!("run");
 const THERE: &str = "/root/conformance";
 
 /// A part that takes longer hangs. Some start twenty containers one after the other, on a software processor.
-const SECONDS: &str = "400";
+const SECONDS: &str = "240";
 
 /// What timeout(1) exits with when the time is up, and when it had to kill.
 const TIMED_OUT: i32 = 124;
