@@ -15,6 +15,7 @@ mod lifecycle;
 mod network;
 mod options;
 mod programs;
+mod specification;
 mod streams;
 mod systemd;
 mod terminal;
@@ -37,6 +38,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("bad_input", bad_input::STORIES),
     ("accidents", accidents::STORIES),
     ("programs", programs::STORIES),
+    ("specification", specification::STORIES),
 ];
 
 fn main() -> ExitCode {

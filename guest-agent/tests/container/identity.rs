@@ -21,6 +21,7 @@ crate::tests![
     signals_are_neither_blocked_nor_ignored,
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
+    sys_is_mounted_in_its_turn_in_a_user_namespace_too,
     streams_belong_to_the_user_in_a_user_namespace_too,
     an_exec_joins_the_user_namespace,
     scheduling_is_as_asked_for,
@@ -174,6 +175,12 @@ fn a_user_namespace_maps_its_users() {
     use std::os::unix::fs::MetadataExt;
     let made = std::fs::metadata(host.rootfs().join("tmp/new")).unwrap();
     assert_eq!(made.uid(), 100_000);
+}
+
+fn sys_is_mounted_in_its_turn_in_a_user_namespace_too() {
+    let line = "awk '$5 == \"/proc\" || $5 == \"/sys\" { print $1, $5, $(NF-1) }' /proc/self/mountinfo | sort -n | cut -d' ' -f2-";
+    let (mut host, spec) = with_user_namespace(&shell(line));
+    assert_eq!(host.run(&spec).success(), "/proc proc\n/sys sysfs\n");
 }
 
 fn streams_belong_to_the_user_in_a_user_namespace_too() {
