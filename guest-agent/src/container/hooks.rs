@@ -215,7 +215,7 @@ mod tests {
     fn shell(command: &str, timeout: i64) -> Result<()> {
         let arguments = ["sh", "-c", command].map(str::to_owned).to_vec();
         let hook = HookBuilder::default().path("/bin/sh").args(arguments).timeout(timeout).build().unwrap();
-        run(&hook, "state")
+        run(&hook, "state", &Environment::of(&[]))
     }
 
     #[test]
