@@ -53,7 +53,7 @@ impl Case {
     }
 }
 
-/// The case that every run has: that the program came to its end, and was content.
+/// The case that every program of `validation` has, and every one that hung: that it came to its end, and was content.
 pub const END: &str = "comes to its end";
 
 /// The cases in TAP (the Test Anything Protocol).

@@ -215,12 +215,13 @@ impl Bench {
         let whole = [output.stdout.as_slice(), b"\n-- stderr\n", output.stderr.as_slice()].concat();
         fs::write(self.outputs.join(&file), whole).with_context(|| format!("cannot write {file}"))?;
         let mut outcomes = (suite.understand)(&String::from_utf8_lossy(&output.stdout));
-        let end = match output.status.code() {
-            Some(0) => Outcome::Passed,
-            Some(TIMED_OUT | KILLED) => Outcome::Missing,
-            _ => Outcome::Failed,
-        };
-        results::add(&mut outcomes, results::END, end);
+        match output.status.code() {
+            Some(TIMED_OUT | KILLED) => results::add(&mut outcomes, results::END, Outcome::Missing),
+            // What the end of one case takes from the others, each gets by itself.
+            _ if suite.single_cases => {}
+            Some(0) => results::add(&mut outcomes, results::END, Outcome::Passed),
+            _ => results::add(&mut outcomes, results::END, Outcome::Failed),
+        }
         Ok(outcomes)
     }
 

@@ -5,27 +5,18 @@ use serde_json::json;
 use super::impossible;
 use super::results::{Case, Outcome};
 
-/// The table: a row for each part where all is well, and one for each case elsewhere.
+/// The table: a row for each part, with how many of its cases passed, and below it one for each case that rvm did not pass.
 pub fn of(cases: &[Case]) -> String {
     let mut text = row("suite", "runc", "rvm", "case");
     for part in cases.chunk_by(|a, b| (a.suite, &a.part) == (b.suite, &b.part)) {
-        let alike = part.iter().all(|case| case.runc == case.rvm && case.runc != Outcome::Failed);
-        match part {
-            [first, ..] if alike => {
-                let count = |outcome| part.iter().filter(|case| case.rvm == outcome).count();
-                let outcome = if count(Outcome::Passed) == 1 && part.len() > 1 {
-                    // All but that it came to its end.
-                    Outcome::Skipped
-                } else {
-                    Outcome::Passed
-                };
-                let name = format!("{} ({})", first.part, part.len());
-                text += &row(first.suite, &outcome.to_string(), &outcome.to_string(), &name);
-            }
-            _ => part.iter().for_each(|case| {
-                let name = format!("{}: {}", case.part, case.name);
-                text += &row(case.suite, &case.runc.to_string(), &case.rvm.to_string(), &name);
-            }),
+        let Some(first) = part.first() else { continue };
+        let passed = |outcome: fn(&Case) -> Outcome| {
+            let count = part.iter().filter(|case| outcome(case) == Outcome::Passed).count();
+            format!("{count}/{}", part.len())
+        };
+        text += &row(first.suite, &passed(|case| case.runc), &passed(|case| case.rvm), &first.part);
+        for case in part.iter().filter(|case| matches!(case.rvm, Outcome::Failed | Outcome::Missing)) {
+            text += &row("", &case.runc.to_string(), &case.rvm.to_string(), &format!("  {}", case.name));
         }
     }
     text
@@ -67,11 +58,12 @@ mod tests {
     }
 
     #[test]
-    fn parts_without_a_difference_take_one_row() {
+    fn a_part_takes_one_row_and_each_of_its_failures_another() {
         let table = of(&cases());
         assert_eq!(table.lines().count(), 4, "{table}");
+        assert!(table.contains("s           2/2      2/2      well\n"), "{table}");
         assert!(
-            table.contains("passed   passed   well (2)") && table.contains("passed   FAILED   ill: b"),
+            table.contains("s           2/2      1/2      ill\n            passed   FAILED     b\n"),
             "{table}"
         );
     }
