@@ -23,7 +23,7 @@ pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;

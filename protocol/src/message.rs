@@ -111,6 +111,9 @@ pub struct StartContainer {
     pub hook_state: String,
     /// Memory that the workload may use, in bytes, where limited.
     pub memory_limit: Option<u64>,
+    /// Mount points below volumes, from the root of the container: the guest mounts them with the volume, and not only
+    /// when somebody comes by.
+    pub submounts: Vec<String>,
 }
 
 /// A seccomp filter that the host compiled.

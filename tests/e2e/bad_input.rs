@@ -14,7 +14,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("no_config", no_config),
     ("a_truncated_config", a_truncated_config),
     ("a_config_of_the_wrong_type", a_config_of_the_wrong_type),
-    ("an_unknown_capability", an_unknown_capability),
+    ("a_capability_that_is_no_name", a_capability_that_is_no_name),
     ("an_unknown_namespace", an_unknown_namespace),
     ("an_unknown_mount_option", an_unknown_mount_option),
     ("no_root_filesystem", no_root_filesystem),
@@ -70,10 +70,10 @@ fn a_config_of_the_wrong_type() -> Result<()> {
     one_line(run_bundle(&bundle)?, &["config.json"])
 }
 
-fn an_unknown_capability() -> Result<()> {
-    let bundle = Bundle::new(&["true"])?
-        .edit(|config| config["process"]["capabilities"]["bounding"] = json!(["CAP_TELEPORT"]))?;
-    one_line(run_bundle(&bundle)?, &["CAP_TELEPORT"])
+fn a_capability_that_is_no_name() -> Result<()> {
+    let bundle =
+        Bundle::new(&["true"])?.edit(|config| config["process"]["capabilities"]["bounding"] = json!([7]))?;
+    one_line(run_bundle(&bundle)?, &["capabilities.bounding[0]"])
 }
 
 fn an_unknown_namespace() -> Result<()> {

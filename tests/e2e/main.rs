@@ -18,6 +18,7 @@ mod lifecycle;
 mod network;
 mod options;
 mod programs;
+mod specification;
 mod streams;
 mod systemd;
 mod terminal;
@@ -29,19 +30,21 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// What a user does, and what must come out.
 type Story = fn() -> anyhow::Result<()>;
 
+/// The longest come first, for whoever shares them out among several hosts.
 const SUITES: &[(&str, &[(&str, Story)])] = &[
-    ("exit_codes", exit_codes::STORIES),
-    ("streams", streams::STORIES),
-    ("lifecycle", lifecycle::STORIES),
+    ("beside_runc", beside_runc::STORIES),
     ("options", options::STORIES),
-    ("network", network::STORIES),
-    ("engines", engines::STORIES),
-    ("systemd", systemd::STORIES),
-    ("bad_input", bad_input::STORIES),
     ("accidents", accidents::STORIES),
     ("programs", programs::STORIES),
-    ("beside_runc", beside_runc::STORIES),
+    ("lifecycle", lifecycle::STORIES),
+    ("bad_input", bad_input::STORIES),
+    ("engines", engines::STORIES),
+    ("exit_codes", exit_codes::STORIES),
+    ("streams", streams::STORIES),
+    ("network", network::STORIES),
+    ("specification", specification::STORIES),
     ("daemons", daemons::STORIES),
+    ("systemd", systemd::STORIES),
 ];
 
 fn main() -> ExitCode {

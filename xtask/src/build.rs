@@ -19,7 +19,7 @@ use crate::kernel;
 pub const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
 
 /// Naming the target keeps `RUSTFLAGS` away from build scripts and procedural macros, which cannot be static.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Random bytes come from the system call: the monitor's root is the container's, and has no device to read them from.
 const RUSTFLAGS: &str = "-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\"";
 const LIBSECCOMP: &[(&str, &str)] =
@@ -142,7 +142,7 @@ fn programs(programs: &[Program]) -> Result<()> {
 }
 
 /// cargo's `subcommand` for static programs in release.
-fn static_cargo(subcommand: &str) -> Command {
+pub fn static_cargo(subcommand: &str) -> Command {
     let mut command = cargo();
     command.args([subcommand, "--release", "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
     command.envs(LIBSECCOMP.iter().copied());

@@ -1,6 +1,7 @@
 //! Every chore of the project, one place: `cargo xtask --help`.
 
 mod build;
+mod conformance;
 mod deb;
 mod demo;
 mod host;
@@ -35,6 +36,7 @@ const EXAMPLES: &str = "Examples:
   cargo xtask test --e2e -- network             the end-to-end tests whose names contain `network`
   cargo xtask host -- docker run --rm --runtime=rvm busybox uname -r
   cargo xtask host --shell                      look around in the test host
+  cargo xtask conformance -- hostname           what runc and rvm make of the suites' tests of host names
   cargo xtask minihost -- rvm check             the same kind of host, smaller and up in 5 seconds
   cargo xtask build --install                   rvm into /usr/local, to use it here";
 
@@ -48,6 +50,8 @@ enum Chore {
     Check,
     /// Run a command in the test host: Debian with KVM, Docker, containerd, podman and rvm
     Host(host::HostArgs),
+    /// Run the OCI conformance suites of runtime-tools and youki against rvm and runc, in the test host
+    Conformance(conformance::ConformanceArgs),
     /// Build the guest kernel, and print where it is
     Kernel,
     /// Build rvm, its agent, its kernel and the end-to-end suites, and print the directory that holds them
@@ -104,6 +108,7 @@ fn run(chore: Chore) -> Result<ExitCode> {
         Chore::Test(args) => return Ok(test::run(&args)),
         Chore::Check => return Ok(test::check()),
         Chore::Host(args) => return host::run(args),
+        Chore::Conformance(args) => return conformance::run(&args),
         Chore::Kernel => println!("{}", kernel::vmlinux()?.display()),
         Chore::Build { install: true, prefix } => build::install_below(&prefix)?,
         Chore::Build { .. } => println!("{}", build::with_suites()?.display()),

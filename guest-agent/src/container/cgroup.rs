@@ -85,7 +85,10 @@ impl Cgroup {
             self.set(&format!("hugetlb.{}.max", hugepages.page_size()), &limit(hugepages.limit()))?;
         }
         for (file, value) in resources.unified().iter().flatten() {
-            self.set(file, value)?;
+            // These name the host's processors and disks.
+            if !file.starts_with("cpuset.") && !file.starts_with("io.") {
+                self.set(file, value)?;
+            }
         }
         Ok(())
     }

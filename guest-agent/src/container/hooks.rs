@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::Container;
 use crate::error::{Context, Result, other};
+use crate::process::environment::Environment;
 use crate::sys::process::open_process;
 
 /// Of what a hook prints to its standard error, so much is kept: the end of it.
@@ -26,13 +27,13 @@ const MAX_ERRORS: usize = 2 << 10;
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Runs the hooks, in the calling process's namespaces and with its identity. The first that fails ends it.
-pub fn run_start_container(container: &Container) -> Result<()> {
+pub fn run_start_container(container: &Container, environment: &Environment) -> Result<()> {
     let hooks = container.spec.hooks().as_ref().and_then(|hooks| hooks.start_container().as_deref());
     let Some(hooks) = hooks.filter(|hooks| !hooks.is_empty()) else { return Ok(()) };
     let state = state(container)?;
     // A hook may end without reading its input, which must not end this process. The hook itself gets the default.
     handle_broken_pipes(SigHandler::SigIgn)?;
-    hooks.iter().try_for_each(|hook| run(hook, &state))?;
+    hooks.iter().try_for_each(|hook| run(hook, &state, environment))?;
     handle_broken_pipes(SigHandler::SigDfl)
 }
 
@@ -53,13 +54,15 @@ fn state(container: &Container) -> Result<String> {
     Ok(state.to_string())
 }
 
-fn run(hook: &Hook, state: &str) -> Result<()> {
+fn run(hook: &Hook, state: &str, environment: &Environment) -> Result<()> {
     let name = hook.path().display();
     let mut command = Command::new(hook.path());
     if let Some((first, rest)) = hook.args().as_deref().and_then(<[_]>::split_first) {
         command.arg0(first).args(rest);
     }
-    let variables = hook.env().iter().flatten().filter_map(|variable| variable.split_once('='));
+    // As with runc, a hook without an environment of its own has that of the process for which it runs.
+    let variables = hook.env().as_deref().unwrap_or(environment.variables());
+    let variables = variables.iter().filter_map(|variable| variable.split_once('='));
     command.env_clear().envs(variables).process_group(0);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().context(|| format!("running the startContainer hook {name}"))?;
@@ -212,7 +215,7 @@ mod tests {
     fn shell(command: &str, timeout: i64) -> Result<()> {
         let arguments = ["sh", "-c", command].map(str::to_owned).to_vec();
         let hook = HookBuilder::default().path("/bin/sh").args(arguments).timeout(timeout).build().unwrap();
-        run(&hook, "state")
+        run(&hook, "state", &Environment::of(&[]))
     }
 
     #[test]

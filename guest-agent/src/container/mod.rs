@@ -77,6 +77,8 @@ pub struct Container {
     /// A detached mount of sysfs for a container with a user namespace: sysfs belongs to the network
     /// namespace, which is the guest's, so the container's own root may not make one.
     pub sysfs: Option<OwnedFd>,
+    /// Mount points below its volumes, from its root.
+    pub submounts: Vec<String>,
     /// The program that decides which devices it may use.
     device_rules: OwnedFd,
     settings: Settings,
@@ -109,6 +111,7 @@ impl Container {
             cgroup,
             init: None,
             sysfs,
+            submounts: start.submounts.clone(),
             device_rules,
             settings: settings.clone(),
         })
@@ -158,8 +161,14 @@ pub fn sync() {
     unistd::sync();
 }
 
+/// A sysfs whose source has the name that programs expect and mount tables show.
 fn make_sysfs() -> Result<OwnedFd> {
-    FileSystem::open("sysfs").and_then(|sysfs| sysfs.mount()).context(|| "making a sysfs for the container")
+    let make = || {
+        let sysfs = FileSystem::open("sysfs")?;
+        sysfs.set("source", Some("sysfs"))?;
+        sysfs.mount()
+    };
+    make().context(|| "making a sysfs for the container")
 }
 
 fn mount_pristine(settings: &Settings) -> Result<()> {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::OFlag;
+use nix::mount::MntFlags;
 use nix::sys::stat::{self, SFlag};
 use oci_spec::runtime::Mount;
 
@@ -74,7 +75,7 @@ impl<'a> Mounter<'a> {
         } else {
             place = self.directory(kind, destination)?;
             detached = match self.sysfs.take_if(|_| kind == "sysfs") {
-                Some(sysfs) => sysfs,
+                Some(sysfs) => made_here(&sysfs, &place)?,
                 None => make_file_system(kind, entry.source().as_deref(), &options, &place)?,
             };
             if options.copy_up {
@@ -117,6 +118,18 @@ impl<'a> Mounter<'a> {
         }
         self.root.make_directory(destination).context(|| "making the mount point")
     }
+}
+
+/// A copy of a mount that the agent has made: mount tables show mounts in the order in which they were made, and programs
+/// look for that of the configuration. Only what is attached can be copied, so the original is, for a moment.
+fn made_here(mount: &OwnedFd, place: &OwnedFd) -> Result<OwnedFd> {
+    let what = || "copying the mount";
+    mount::attach(mount, place).context(what)?;
+    let copy = mount::clone_mount(mount, false).context(what)?;
+    nix::unistd::fchdir(mount).context(what)?;
+    nix::mount::umount2(".", MntFlags::MNT_DETACH).context(what)?;
+    nix::unistd::chdir("/").context(what)?;
+    Ok(copy)
 }
 
 /// Whether an entry is a bind mount. These file systems are always the guest's own, whatever the options say: the

@@ -82,6 +82,10 @@ fn furnish(container: &Container, root: &Tree, wants_terminal: bool) -> Result<O
     let umask = stat::umask(Mode::empty());
     let sysfs = container.sysfs.as_ref().map(OwnedFd::try_clone).transpose();
     let sysfs = sysfs.context(|| "taking the container's sysfs")?;
+    for path in &container.submounts {
+        // To look is to mount: a copy of a volume has those with it that are there. One may have gone since.
+        let _ = pristine.find(Path::new(path));
+    }
     let mut mounter = Mounter::new(&pristine, root, sysfs);
     for entry in spec.mounts().iter().flatten() {
         mounter.mount(entry)?;

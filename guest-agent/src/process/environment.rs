@@ -31,6 +31,11 @@ impl Environment {
         Self { variables: kept }
     }
 
+    /// All variables, each as `NAME=VALUE`.
+    pub fn variables(&self) -> &[String] {
+        &self.variables
+    }
+
     /// The value of a variable.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.variables.iter().find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='))

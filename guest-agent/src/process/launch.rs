@@ -211,6 +211,8 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
         let own = Pid::from_raw(0);
         rlimits::apply(own, process.rlimits().as_deref().unwrap_or_default())?;
     }
+    // Before the filter, which may forbid the calls that this takes.
+    let directory = change_directory(process)?;
     let no_new_privileges = process.no_new_privileges().unwrap_or(false);
     if no_new_privileges {
         prctl::set_no_new_privs().context(|| "setting no_new_privs")?;
@@ -218,7 +220,7 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
         install(filter)?;
     }
     set_personality(container)?;
-    assume_identity(process)?;
+    assume_identity(process, directory)?;
 
     let mut environment = Environment::of(process.env().as_deref().unwrap_or_default());
     environment.set_home(process.user().uid());
@@ -226,7 +228,7 @@ fn set_up_and_execute(plan: Launch<'_>, channel: &ChildEnd) -> Result<Infallible
     let name = arguments.first().ok_or_else(|| other("the process has no arguments"))?;
     let program = lookup::find(name, &environment)?;
     if place == Place::New {
-        hooks::run_start_container(container)?;
+        hooks::run_start_container(container, &environment)?;
     }
     if no_new_privileges {
         install(filter)?;
@@ -307,29 +309,38 @@ fn set_personality(container: &Container) -> Result<()> {
     personality.map_or(Ok(()), scheduling::set_personality)
 }
 
-/// Changes to the process's user, and into its working directory: before the change where that is permitted,
-/// since the directory may be closed to the user, otherwise after it, since it may be closed to root (as on a
-/// network file system).
-fn assume_identity(process: &Process) -> Result<()> {
+/// Whether the process is in its working directory yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Directory {
+    /// It is.
+    Entered,
+    /// The directory is closed to root, as on a network file system; the process's user may be let in.
+    Closed,
+}
+
+/// Enters the process's working directory, before the change of the user where that is permitted: it may be closed to the
+/// user.
+fn change_directory(process: &Process) -> Result<Directory> {
     let directory = process.cwd();
-    let change = || unistd::chdir(directory);
-    let what = || format!("chdir to cwd ({directory:?}) set in config.json failed");
-    let denied = match change() {
-        Err(Errno::EACCES | Errno::EPERM) => true,
-        changed => {
-            changed.context(what)?;
-            false
-        }
-    };
+    match unistd::chdir(directory) {
+        Err(Errno::EACCES | Errno::EPERM) => return Ok(Directory::Closed),
+        entered => entered.context(|| format!("chdir to cwd ({directory:?}) set in config.json failed"))?,
+    }
+    // A descriptor of the agent's, named by way of /proc/self/fd, would lead out of the container.
+    unistd::getcwd()
+        .map(drop)
+        .map_err(|_| other("current working directory is outside of container mount namespace root"))?;
+    Ok(Directory::Entered)
+}
+
+/// Changes to the process's user, and into its working directory if it is not there yet.
+fn assume_identity(process: &Process, directory: Directory) -> Result<()> {
     let sets = CapabilitySets::of(process.capabilities().as_ref())?;
-    credentials::assume(process.user(), &sets, || {
-        if denied {
-            change().context(what)?;
-        }
-        // A descriptor of the agent's, named by way of /proc/self/fd, would lead out of the container.
-        unistd::getcwd()
-            .map(drop)
-            .map_err(|_| other("current working directory is outside of container mount namespace root"))
+    credentials::assume(process.user(), &sets, || match directory {
+        Directory::Entered => Ok(()),
+        Directory::Closed if change_directory(process)? == Directory::Entered => Ok(()),
+        Directory::Closed => Err(Errno::EACCES)
+            .context(|| format!("chdir to cwd ({:?}) set in config.json failed", process.cwd())),
     })
 }
 

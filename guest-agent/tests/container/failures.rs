@@ -16,6 +16,7 @@ crate::tests![
     a_mount_that_fails_is_told_with_its_place,
     a_configuration_that_is_none_is_told,
     a_failure_is_told_although_the_filter_forbids_to_send,
+    a_filter_may_forbid_what_only_the_start_needs,
     a_failure_that_cannot_be_told_is_no_start,
     a_fifo_in_place_of_the_user_database_does_not_block,
     a_process_that_is_killed_on_its_way_is_no_start,
@@ -115,6 +116,13 @@ fn start_without(calls: &[libc::c_long]) -> AgentError {
 fn a_failure_is_told_although_the_filter_forbids_to_send() {
     let error = start_without(&[libc::SYS_execve, libc::SYS_sendmsg, libc::SYS_sendto]);
     assert_eq!(error.message, "exec /bin/true: operation not permitted");
+}
+
+fn a_filter_may_forbid_what_only_the_start_needs() {
+    let mut host = Host::new();
+    let spec = container(&process(&["echo", "started"]));
+    let streams = host.start_with(&spec, Some(forbid(&[libc::SYS_getcwd]))).unwrap();
+    assert_eq!(host.finish(ProcessId::INIT, streams).stdout, "started\n");
 }
 
 fn a_failure_that_cannot_be_told_is_no_start() {

@@ -22,6 +22,7 @@ crate::tests![
     no_descriptor_leaks,
     a_user_namespace_maps_its_users,
     a_bind_mount_in_a_user_namespace_may_name_how_access_times_are_kept,
+    sys_is_mounted_in_its_turn_in_a_user_namespace_too,
     streams_belong_to_the_user_in_a_user_namespace_too,
     an_exec_joins_the_user_namespace,
     scheduling_is_as_asked_for,
@@ -29,6 +30,7 @@ crate::tests![
     only_the_devices_of_the_rules_can_be_used,
     device_rules_can_be_changed,
     hooks_run_in_the_container,
+    a_hook_without_an_environment_has_that_of_the_process,
     a_failing_hook_ends_the_start,
 ];
 
@@ -186,6 +188,12 @@ fn a_bind_mount_in_a_user_namespace_may_name_how_access_times_are_kept() {
     assert_eq!(host.run(&spec).success(), "from the host1\n");
 }
 
+fn sys_is_mounted_in_its_turn_in_a_user_namespace_too() {
+    let line = "awk '$5 == \"/proc\" || $5 == \"/sys\" { print $1, $5, $(NF-1) }' /proc/self/mountinfo | sort -n | cut -d' ' -f2-";
+    let (mut host, spec) = with_user_namespace(&shell(line));
+    assert_eq!(host.run(&spec).success(), "/proc proc\n/sys sysfs\n");
+}
+
 fn streams_belong_to_the_user_in_a_user_namespace_too() {
     for user in [0, 5] {
         let mut description =
@@ -308,6 +316,15 @@ fn hooks_run_in_the_container() {
     assert_eq!(state["status"], "created");
     assert_eq!(state["bundle"], "/bundle");
     assert_eq!(variable, "value\n");
+}
+
+fn a_hook_without_an_environment_has_that_of_the_process() {
+    let mut process = shell("cat /tmp/variable");
+    process["env"] = json!(["PATH=/bin", "VARIABLE=of the process"]);
+    let mut spec = container(&process);
+    let command = "echo $VARIABLE > /tmp/variable";
+    spec["hooks"] = json!({ "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", command] }] });
+    assert_eq!(Host::new().run(&spec).success(), "of the process\n");
 }
 
 fn a_failing_hook_ends_the_start() {

@@ -1,7 +1,11 @@
 //! What runtimes that share the host's kernel can do and a microVM cannot: refused, or without effect.
 
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::stat;
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec,
@@ -12,12 +16,13 @@ use super::{field, impossible, resources};
 use crate::cause::Cause;
 
 /// Character devices that every guest has of its own: major and minor number.
-const GUEST_DEVICES: [(i64, i64); 10] = [
+const GUEST_DEVICES: [(i64, i64); 11] = [
     (1, 3),    // null
     (1, 5),    // zero
     (1, 7),    // full
     (1, 8),    // random
     (1, 9),    // urandom
+    (1, 11),   // kmsg
     (5, 0),    // tty
     (5, 1),    // console
     (5, 2),    // ptmx
@@ -29,7 +34,7 @@ const GUEST_DEVICES: [(i64, i64); 10] = [
 pub(super) fn possible(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
     security_modules(spec, warnings);
     own_machine(spec)?;
-    host_name(spec, warnings);
+    host_name(spec, warnings)?;
     let Some(linux) = spec.linux_mut() else { return Ok(()) };
     namespaces(linux, warnings)?;
     devices(linux, warnings)?;
@@ -61,22 +66,42 @@ fn own_machine(spec: &Spec) -> Result<(), BundleError> {
     }
 }
 
-/// Without a namespace of its own for names, the container shows the host's (`--uts=host`).
-fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) {
-    let own = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
-    if own.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
-        return;
+/// Without a namespace of its own for names, the container shows the host's (`--uts=host`), or that of the namespace which
+/// it joins.
+fn host_name(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    let list = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    let (whose, name) =
+        match list.enumerate().find(|(_, namespace)| namespace.typ() == LinuxNamespaceType::Uts) {
+            None => ("the host's", nix::unistd::gethostname().ok()),
+            Some((index, namespace)) => {
+                let Some(path) = namespace.path() else { return Ok(()) };
+                let refused = |cause: Cause| {
+                    field(
+                        format!("linux.namespaces[{index}].path"),
+                        format!("cannot use {}: {cause}", path.display()),
+                    )
+                };
+                ("that namespace's", Some(name_within(path).map_err(refused)?))
+            }
+        };
+    warnings.push(format!(
+        "linux.namespaces: the container has {whose} name, but not its UTS namespace: a later change of the name, on \
+         either side, does not reach the other"
+    ));
+    if spec.hostname().is_none() {
+        spec.set_hostname(name.map(|name| name.to_string_lossy().into_owned()));
     }
-    warnings.push(
-        "linux.namespaces: the container has the host's name, but not its UTS namespace: a later change of the \
-         name, on either side, does not reach the other"
-            .into(),
-    );
-    if spec.hostname().is_none()
-        && let Ok(name) = nix::unistd::gethostname()
-    {
-        spec.set_hostname(Some(name.to_string_lossy().into_owned()));
-    }
+    Ok(())
+}
+
+/// The host's name in a UTS namespace, which a thread enters to see it.
+fn name_within(path: &Path) -> Result<OsString, Cause> {
+    let namespace = File::open(path)?;
+    let look = move || -> Result<OsString, Cause> {
+        setns(namespace, CloneFlags::CLONE_NEWUTS)?;
+        Ok(nix::unistd::gethostname()?)
+    };
+    std::thread::spawn(look).join().map_err(|_| Cause::from(io::Error::other("the thread for it failed")))?
 }
 
 fn kernel_features(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
@@ -139,8 +164,12 @@ fn joined(
 ) -> Result<(), BundleError> {
     let problem = match namespace.typ() {
         LinuxNamespaceType::Network => return network(path, name),
-        LinuxNamespaceType::Uts | LinuxNamespaceType::Cgroup => {
-            warnings.push(format!("{name} is ignored: the container has this namespace to itself"));
+        // What becomes of the name, `host_name` tells.
+        LinuxNamespaceType::Uts => return Ok(()),
+        LinuxNamespaceType::Cgroup => {
+            warnings.push(format!(
+                "{name} is the monitor's: the container has a namespace of the guest's to itself"
+            ));
             return Ok(());
         }
         LinuxNamespaceType::Pid => "see the processes of another container or of the host",
@@ -176,7 +205,7 @@ fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleEr
     let Some(list) = linux.devices().clone() else { return Ok(()) };
     if privileged {
         // Engines list each device of the host then. Privileged means the privileges of the guest.
-        let (kept, dropped): (Vec<_>, Vec<_>) = list.into_iter().partition(is_of_the_guest);
+        let (kept, dropped): (Vec<_>, Vec<_>) = list.into_iter().partition(is_possible);
         if !dropped.is_empty() {
             warnings.push(format!(
                 "linux.devices: {} devices of the host are not given; a privileged container has the guest's",
@@ -186,7 +215,7 @@ fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleEr
         linux.set_devices(Some(kept));
         return Ok(());
     }
-    match list.iter().position(|device| !is_of_the_guest(device)) {
+    match list.iter().position(|device| !is_possible(device)) {
         None => Ok(()),
         Some(index) => {
             let problem = format!("pass the host's device {}", list[index].path().display());
@@ -202,12 +231,29 @@ fn allows_every_device(resources: &LinuxResources) -> bool {
     })
 }
 
+fn is_possible(device: &LinuxDevice) -> bool {
+    is_of_the_guest(device) || !is_of_the_host(device)
+}
+
 fn is_of_the_guest(device: &LinuxDevice) -> bool {
     match device.typ() {
         LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.contains(&(device.major(), device.minor())),
         LinuxDeviceType::P => true,
         LinuxDeviceType::A | LinuxDeviceType::B => false,
     }
+}
+
+/// Whether the host has a device of these numbers. A node of others leads nowhere, here as there, and is no more than a node.
+fn is_of_the_host(device: &LinuxDevice) -> bool {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => "block",
+        LinuxDeviceType::C | LinuxDeviceType::U => "char",
+        LinuxDeviceType::P => return false,
+        LinuxDeviceType::A => return true,
+    };
+    let name = format!("/sys/dev/{kind}/{}:{}", device.major(), device.minor());
+    // Where that cannot be seen the answer is the one that gives nothing away.
+    !Path::new("/sys/dev").is_dir() || Path::new(&name).exists()
 }
 
 fn hardware(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {

@@ -57,17 +57,17 @@ impl Bundle {
     /// Reads and checks the bundle in a directory.
     pub fn load(directory: &Path) -> Result<Bundle, BundleError> {
         let path = canonical(directory)?;
-        let spec = parse::read(&path.join(CONFIG), CONFIG)?;
-        Self::check(path, spec)
+        let mut warnings = Vec::new();
+        let spec = parse::read(&path.join(CONFIG), CONFIG, "/process/capabilities", &mut warnings)?;
+        Self::check(path, spec, warnings)
     }
 
     /// Checks a description that was made in memory as if it stood in the directory.
     pub fn from_spec(directory: &Path, spec: Spec) -> Result<Bundle, BundleError> {
-        Self::check(canonical(directory)?, spec)
+        Self::check(canonical(directory)?, spec, Vec::new())
     }
 
-    fn check(path: PathBuf, mut spec: Spec) -> Result<Bundle, BundleError> {
-        let mut warnings = Vec::new();
+    fn check(path: PathBuf, mut spec: Spec, mut warnings: Vec<String>) -> Result<Bundle, BundleError> {
         validate::spec(&mut spec, &path, &mut warnings)?;
         microvm::possible(&mut spec, &mut warnings)?;
         let rootfs = rootfs(&path, &spec)?;
@@ -98,8 +98,8 @@ impl Bundle {
 }
 
 /// Reads and checks the description of a further process of a container (`exec --process`).
-pub fn load_process(path: &Path) -> Result<Process, BundleError> {
-    let process = parse::read(path, PROCESS)?;
+pub fn load_process(path: &Path, warnings: &mut Vec<String>) -> Result<Process, BundleError> {
+    let process = parse::read(path, PROCESS, "/capabilities", warnings)?;
     validate::process(&process, PROCESS, "")?;
     Ok(process)
 }

@@ -188,6 +188,11 @@ pub fn known_to_file_system(file_system: &str, option: &str) -> bool {
     keys.contains(&key)
 }
 
+/// Whether the guest has a file system that knows the option.
+pub fn known_to_any_file_system(option: &str) -> bool {
+    ["tmpfs", "proc", "devpts", "cgroup2"].iter().any(|kind| known_to_file_system(kind, option))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,8 +5,10 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use oci_spec::runtime::Capability;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::BundleError;
 
@@ -17,9 +19,40 @@ pub(super) const MAX_BYTES: u64 = rvm_protocol::MAX_FRAME as u64 * 3 / 8;
 /// Names the whole where a message names no field.
 const DOCUMENT: &str = "the document";
 
-/// Reads a description. `file` is its name in messages.
-pub(super) fn read<T: DeserializeOwned>(path: &Path, file: &'static str) -> Result<T, BundleError> {
-    typed(&json(path, &bytes(path)?)?, file)
+/// Reads a description. `file` is its name in messages, `capabilities` the place of the process's capabilities in it.
+pub(super) fn read<T: DeserializeOwned>(
+    path: &Path,
+    file: &'static str,
+    capabilities: &str,
+    warnings: &mut Vec<String>,
+) -> Result<T, BundleError> {
+    let mut json = json(path, &bytes(path)?)?;
+    if let Some(sets) = json.pointer_mut(capabilities).and_then(Value::as_object_mut) {
+        drop_unknown_capabilities(sets, warnings);
+    }
+    typed(&json, file)
+}
+
+/// The specification wants capabilities that cannot be granted told of, and no failure: an engine may know newer ones.
+fn drop_unknown_capabilities(sets: &mut Map<String, Value>, warnings: &mut Vec<String>) {
+    let mut unknown: Vec<String> = Vec::new();
+    for set in sets.values_mut().filter_map(Value::as_array_mut) {
+        set.retain(|name| {
+            let known = !name.is_string() || Capability::deserialize(name).is_ok();
+            if let Some(name) =
+                name.as_str().filter(|name| !known && !unknown.iter().any(|other| other == name))
+            {
+                unknown.push(name.to_owned());
+            }
+            known
+        });
+    }
+    if !unknown.is_empty() {
+        warnings.push(format!(
+            "process.capabilities: ignoring unknown or unavailable capabilities: [{}]",
+            unknown.join(" ")
+        ));
+    }
 }
 
 fn bytes(path: &Path) -> Result<Vec<u8>, BundleError> {

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
 use super::error::BundleError;
-use super::options::{MountOptions, is_label, known_to_file_system};
+use super::options::{MountOptions, is_label, known_to_any_file_system, known_to_file_system};
 use super::{CONFIG, field, impossible};
 
 /// File systems that the guest's own kernel provides.
@@ -155,6 +155,9 @@ fn normalise(
                 ));
             }
             known if known_to_file_system(&kind, known) => {}
+            other if kind == "bind" && known_to_any_file_system(other) => warnings.push(format!(
+                "{name}: the option `{other}` is ignored: a bind mount shows a file system that has its options already"
+            )),
             unknown => {
                 let problem = format!("`{unknown}` is not an option of a {kind} mount");
                 return Err(field(format!("{name}.options"), problem));

@@ -24,6 +24,20 @@ pub(super) struct ControlFile {
     pub value: String,
 }
 
+/// What the host heeds of `linux.resources.unified`. Limits of memory and of processes are about what runs in the guest.
+const UNIFIED: [(&str, &str); 10] = [
+    ("cpu", "cpu.max"),
+    ("cpu", "cpu.max.burst"),
+    ("cpu", "cpu.weight"),
+    ("cpu", "cpu.weight.nice"),
+    ("cpu", "cpu.idle"),
+    ("cpuset", "cpuset.cpus"),
+    ("cpuset", "cpuset.mems"),
+    ("io", "io.max"),
+    ("io", "io.weight"),
+    ("io", "io.latency"),
+];
+
 #[derive(Default)]
 struct Settings(Vec<Setting>);
 
@@ -67,6 +81,11 @@ pub(super) fn version2(resources: &LinuxResources, cpu_max: Option<&str>) -> Vec
     }
     if let Some(io) = resources.block_io() {
         io_version2(io, &mut settings);
+    }
+    for (controller, name) in UNIFIED {
+        if let Some(value) = resources.unified().as_ref().and_then(|unified| unified.get(name)) {
+            settings.add(controller, name, value);
+        }
     }
     settings.0
 }

@@ -55,6 +55,14 @@ fn docker_limits_in_version_2() {
 }
 
 #[test]
+fn of_the_controls_by_name_the_host_heeds_those_about_its_own_hardware() {
+    let unified = json!({ "cpu.max": "5 10", "cpu.weight": "17", "cpuset.cpus": "0", "memory.max": "1", "pids.max": "20" });
+    let limits = resources(json!({ "unified": unified }));
+    let expected = ["cpu.max=5 10", "cpu.weight=17", "cpuset.cpus=0"];
+    assert_eq!(written(&version2(&limits, None)), expected);
+}
+
+#[test]
 fn docker_limits_in_version_1() {
     let limits = resources(json!({
         "memory": { "limit": 536_870_912, "swap": -1, "swappiness": 10 },

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, ExitCode};
+use std::time::Duration;
 
 use clap::Args;
 use oci_spec::runtime::Process;
@@ -18,6 +19,9 @@ use crate::container::{Container, ContainerError, Status};
 use crate::control::{Connection, Exec, WindowSize};
 use crate::error::Error;
 use crate::stdio::is_null;
+
+/// How often a container that is paused is looked at.
+const PAUSE_POLL: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Args)]
 pub(super) struct ExecArguments {
@@ -39,8 +43,8 @@ pub(super) struct ExecArguments {
     /// Accepted for compatibility, without effect: the guest has one cgroup for a container
     #[arg(long, value_name = "PATH", hide = true)]
     cgroup: Vec<String>,
-    /// Accepted for compatibility, without effect
-    #[arg(long, hide = true)]
+    /// In a container that is paused, wait until it goes on
+    #[arg(long)]
     ignore_paused: bool,
     /// The container's ID
     #[arg(value_name = "ID")]
@@ -52,12 +56,17 @@ pub(super) struct ExecArguments {
 pub(super) fn exec(context: &Context, arguments: ExecArguments) -> Result<ExitCode, Error> {
     refuse_descriptors(arguments.preserve_fds)?;
     let container = Container::open(&context.root, &arguments.id)?;
+    while arguments.ignore_paused && container.status() == Status::Paused {
+        std::thread::sleep(PAUSE_POLL);
+    }
     match container.status() {
         Status::Running => {}
         status => return Err(ContainerError::NoExec(status).into()),
     }
     let tty = arguments.process.tty;
-    let process = arguments.process.into_process(&container)?;
+    let mut warnings = Vec::new();
+    let process = arguments.process.into_process(&container, &mut warnings)?;
+    warnings.iter().for_each(|warning| context.log.warning(warning));
     let execution = Execution {
         terminal: tty || process.terminal().unwrap_or(false),
         container,

@@ -51,10 +51,10 @@ pub(super) struct ProcessArguments {
 }
 
 impl ProcessArguments {
-    /// The process to start in a container.
-    pub fn into_process(self, container: &Container) -> Result<Process, Error> {
+    /// The process to start in a container, and what of its description has no effect.
+    pub fn into_process(self, container: &Container, warnings: &mut Vec<String>) -> Result<Process, Error> {
         match &self.process {
-            Some(file) => Ok(bundle::load_process(file)?),
+            Some(file) => Ok(bundle::load_process(file, warnings)?),
             None => self.derive(container.record.process.as_ref()),
         }
     }

@@ -159,7 +159,6 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     let setup = Setup {
         id: request.id.to_string(),
         rootfs: request.bundle.rootfs.clone(),
-        network_namespace: record.network_namespace.clone(),
         spec: serde_json::to_string(spec)
             .map_err(|error| system("cannot encode the spec")(io::Error::from(error)))?,
         guest_spec: request.bundle.guest_spec_json(),
@@ -172,6 +171,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         debug: request.log.is_debug(),
         tied: request.throw_away.is_some(),
         timeline: request.timeline.clone(),
+        submounts: Vec::new(),
     };
     let handle = Folder::open(request.root, request.id.as_str()).map_err(system("cannot open the folder"))?;
     let mut descriptors =

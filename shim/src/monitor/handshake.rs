@@ -53,8 +53,6 @@ pub struct Setup {
     pub spec: String,
     /// What the guest gets of it.
     pub guest_spec: String,
-    /// The network namespace to join; none for a new one.
-    pub network_namespace: Option<PathBuf>,
     /// The folder over which `rootfs` is to be a throw-away layer.
     pub lower: Option<PathBuf>,
     /// The size of the container's terminal, if it has one. It is then the monitor's standard input.
@@ -73,4 +71,7 @@ pub struct Setup {
     pub tied: bool,
     /// What has passed so far.
     pub timeline: Timeline,
+    /// Mount points below volumes, which the monitor finds out itself.
+    #[serde(skip)]
+    pub submounts: Vec<String>,
 }

@@ -36,7 +36,7 @@ use crate::control::{ControlError, Refusal, receive, send};
 use crate::hooks::{self, HookError, HookKind};
 use crate::logging::Log;
 use crate::reexec;
-use crate::rootfs::{Overlay, Rootfs, RootfsError};
+use crate::rootfs::{self, Overlay, Rootfs, RootfsError};
 use crate::signals::{self, Signals};
 use crate::timeline::Phase;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
@@ -192,9 +192,11 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 
-    setup::enter_namespaces(setup.network_namespace.as_deref())?;
+    setup::enter_namespaces(&spec)?;
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
+    setup.submounts =
+        rootfs::submounts(&setup.rootfs).map_err(MonitorError::system("cannot read the table of mounts"))?;
     setup.timeline.mark(Phase::RootfsReady);
     let built = boot::build(setup.shape, kernel, agent, &mut setup.timeline)?;
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;

@@ -9,7 +9,8 @@ use std::path::Path;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::setsid;
+use nix::unistd::{sethostname, setsid};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::MonitorError;
 use crate::console;
@@ -59,22 +60,97 @@ pub fn detach(terminal: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Enters the container's mount and network namespaces. The others are the guest's alone.
-pub fn enter_namespaces(network: Option<&Path>) -> Result<(), MonitorError> {
-    let failed = |what: &str| {
-        let what = what.to_owned();
-        move |error: nix::errno::Errno| MonitorError::System { what, source: error.into() }
-    };
-    match network {
-        None => {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(failed("cannot make a network namespace"))?;
-        }
-        Some(path) => {
-            let what = format!("cannot join the network namespace {}", path.display());
-            let namespace = File::open(path)
-                .map_err(|error| MonitorError::System { what: what.clone(), source: error.into() })?;
-            setns(namespace, CloneFlags::CLONE_NEWNET).map_err(failed(&what))?;
-        }
+/// Enters the container's namespaces on this host: those that the spec has a path for, otherwise new ones. What processes
+/// share is the guest's own; here it keeps the monitor apart from the host. User namespaces and those of processes are the
+/// guest's alone: the monitor opens devices as the host's root, and is what the host knows the container by.
+pub fn enter_namespaces(spec: &Spec) -> Result<(), MonitorError> {
+    let list = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
+    let mut names = false;
+    for namespace in list {
+        let (kind, name) = match namespace.typ() {
+            LinuxNamespaceType::Network => (CloneFlags::CLONE_NEWNET, "network"),
+            LinuxNamespaceType::Ipc => (CloneFlags::CLONE_NEWIPC, "IPC"),
+            LinuxNamespaceType::Cgroup => (CloneFlags::CLONE_NEWCGROUP, "cgroup"),
+            LinuxNamespaceType::Uts => {
+                names = true;
+                (CloneFlags::CLONE_NEWUTS, "UTS")
+            }
+            _ => continue,
+        };
+        enter(kind, name, namespace.path().as_deref())?;
     }
-    unshare(CloneFlags::CLONE_NEWNS).map_err(failed("cannot make a mount namespace"))
+    // A container that joins this one's namespace finds the name there.
+    if let Some(name) = spec.hostname().as_ref().filter(|_| names) {
+        sethostname(name).map_err(MonitorError::system("cannot set the name of the UTS namespace"))?;
+    }
+    enter(CloneFlags::CLONE_NEWNS, "mount", None)
+}
+
+fn enter(kind: CloneFlags, name: &str, path: Option<&Path>) -> Result<(), MonitorError> {
+    let Some(path) = path else {
+        return unshare(kind).map_err(MonitorError::system(&format!("cannot make a {name} namespace")));
+    };
+    let what = format!("cannot join the {name} namespace {}", path.display());
+    let namespace = File::open(path).map_err(MonitorError::system(&what))?;
+    setns(namespace, kind).map_err(MonitorError::system(&what))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn inode(kind: &str) -> u64 {
+        std::fs::metadata(format!("/proc/thread-self/ns/{kind}")).unwrap().ino()
+    }
+
+    /// Enters the namespaces on a thread, and looks there.
+    fn within<T: Send + 'static>(
+        namespaces: serde_json::Value,
+        look: impl FnOnce(Result<(), MonitorError>) -> T + Send + 'static,
+    ) -> T {
+        let spec =
+            json!({ "ociVersion": "1.2.0", "hostname": "kitchen", "linux": { "namespaces": namespaces } });
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        std::thread::spawn(move || look(enter_namespaces(&spec))).join().unwrap()
+    }
+
+    #[test]
+    fn the_monitor_shares_nothing_with_the_host_that_it_need_not() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let kinds = ["net", "ipc", "uts", "cgroup", "mnt"];
+        let before = kinds.map(inode);
+        let all = json!([
+            { "type": "network" }, { "type": "ipc" }, { "type": "uts" }, { "type": "cgroup" }, { "type": "mount" },
+        ]);
+        let (after, name) = within(all, move |entered| {
+            entered.unwrap();
+            (kinds.map(inode), nix::unistd::gethostname().unwrap())
+        });
+        assert!(before.iter().zip(&after).all(|(before, after)| before != after), "{before:?} {after:?}");
+        assert_eq!(name, "kitchen");
+        assert_ne!(nix::unistd::gethostname().unwrap(), "kitchen");
+    }
+
+    #[test]
+    fn a_namespace_with_a_path_is_joined_and_must_be_of_its_kind() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let there = format!("/proc/{}/ns/cgroup", std::process::id());
+        let own = inode("cgroup");
+        let joined = within(json!([{ "type": "cgroup", "path": &there }]), move |entered| {
+            entered.unwrap();
+            inode("cgroup")
+        });
+        assert_eq!(joined, own);
+        let refused =
+            within(json!([{ "type": "uts", "path": &there }]), |entered| entered.unwrap_err().to_string());
+        assert!(refused.starts_with(&format!("cannot join the UTS namespace {there}: ")), "{refused}");
+    }
 }

@@ -12,12 +12,14 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{chdir, fchdir, pivot_root};
@@ -29,7 +31,11 @@ pub use overlay::Overlay;
 use crate::bundle::options::{Attributes, MountOptions};
 use crate::bundle::{Bundle, is_bind};
 use crate::cause::Cause;
+use crate::mountinfo::{self, MountEntry};
 use walk::Leaf;
+
+/// Of a volume that is a whole host, the guest is told of no more mounts below it.
+const MOST_SUBMOUNTS: usize = 256;
 
 /// Why the container's file tree could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +87,25 @@ pub enum RootfsError {
         /// What the destination is.
         kind: &'static str,
     },
+    /// Through a link, the masks and write protections of these file systems could be led elsewhere.
+    #[error("mounts[{index}]: {kind} must be mounted on ordinary directory, and {destination} in the container is none",
+            destination = destination.display())]
+    NoDirectory {
+        /// Place in the description's list.
+        index: usize,
+        /// The file system's type.
+        kind: String,
+        /// The destination in the container.
+        destination: PathBuf,
+    },
+    /// A path that is to be masked or write-protected leads nowhere.
+    #[error("linux.maskedPaths, linux.readonlyPaths: {path} cannot be protected: {cause}", path = path.display())]
+    Protect {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        cause: Cause,
+    },
     /// The mount itself failed.
     #[error("mounts[{index}]: cannot mount on {destination}: {cause}", destination = destination.display())]
     Mount {
@@ -108,6 +133,7 @@ pub enum RootfsError {
 #[derive(Debug)]
 pub struct Rootfs {
     root: OwnedFd,
+    read_only: bool,
 }
 
 impl Rootfs {
@@ -121,7 +147,8 @@ impl Rootfs {
         isolate()?;
         let failed = |errno: Errno| RootfsError::Root { path: path.into(), cause: errno.into() };
         let root = bind_on_itself(path).map_err(failed)?;
-        let rootfs = Rootfs { root };
+        let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+        let rootfs = Rootfs { root, read_only };
         let mounts = spec.mounts().as_deref().unwrap_or_default();
         for (index, mount) in mounts.iter().enumerate() {
             match is_bind(mount) {
@@ -129,14 +156,9 @@ impl Rootfs {
                 false => rootfs.make_room(index, mounts)?,
             }
         }
-        let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+        rootfs.check_protected(spec)?;
         if read_only {
             rootfs.make_working_directory(spec);
-        }
-        // Last, since mount points had to be made in it.
-        if read_only {
-            let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
-            sys::set_attributes(rootfs.root.as_fd(), read_only, false).map_err(failed)?;
         }
         Ok(rootfs)
     }
@@ -146,12 +168,17 @@ impl Rootfs {
         program::check(self.root.as_fd(), spec)
     }
 
-    /// Makes the tree the root of this process, and lets go of the host's.
+    /// Makes the tree the root of this process, and lets go of the host's. From here on a root that is to be read-only is:
+    /// before, mount points had to be made in it, and hooks of the container may have written to it.
     pub fn pivot(self) -> Result<(), RootfsError> {
         self.change_root().map_err(RootfsError::Pivot)
     }
 
     fn change_root(&self) -> Result<(), Cause> {
+        if self.read_only {
+            let read_only = Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 };
+            sys::set_attributes(self.root.as_fd(), read_only, false)?;
+        }
         let old = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/")?;
         fchdir(&self.root)?;
         // With the same place for both, the old root comes to lie on top of the new one (pivot_root(2)).
@@ -197,6 +224,11 @@ impl Rootfs {
         if earlier.iter().any(|other| !is_bind(other) && below(other.destination(), destination)) {
             return Ok(());
         }
+        let kind = mounts[index].typ().as_deref().unwrap_or_default();
+        if matches!(kind, "proc" | "sysfs") && walk::is_link(self.root.as_fd(), destination) {
+            let destination = destination.to_owned();
+            return Err(RootfsError::NoDirectory { index, kind: kind.into(), destination });
+        }
         let place = self.place(index, destination, Leaf::Directory)?;
         let holds_bind = later.iter().any(|other| is_bind(other) && below(destination, other.destination()));
         let copies_up = mounts[index].options().iter().flatten().any(|option| option == "tmpcopyup");
@@ -206,6 +238,17 @@ impl Rootfs {
             sys::mount_on(place.as_fd(), "tmpfs", flags, "mode=755,size=1m").map_err(|errno| {
                 RootfsError::Mount { index, destination: destination.into(), cause: errno.into() }
             })?;
+        }
+        Ok(())
+    }
+
+    /// Links of the image that lead in circles do so in the guest, too: said at once, and not by the start.
+    fn check_protected(&self, spec: &Spec) -> Result<(), RootfsError> {
+        let Some(linux) = spec.linux() else { return Ok(()) };
+        for path in [linux.masked_paths(), linux.readonly_paths()].into_iter().flatten().flatten() {
+            if walk::look(self.root.as_fd(), Path::new(path), OFlag::empty()) == Err(Errno::ELOOP) {
+                return Err(RootfsError::Protect { path: path.into(), cause: Errno::ELOOP.into() });
+            }
         }
         Ok(())
     }
@@ -230,6 +273,29 @@ impl Rootfs {
     }
 }
 
+/// The mount points below volumes of the tree at `root`, from there. Those that come after the most are found by the guest
+/// when somebody enters them; so are those whose names are no text.
+pub fn submounts(root: &Path) -> Result<Vec<String>, Cause> {
+    Ok(nested(root, &mountinfo::read()?))
+}
+
+fn nested(root: &Path, mounts: &[MountEntry]) -> Vec<String> {
+    let inside: Vec<&Path> = mounts
+        .iter()
+        .filter_map(|mount| mount.mount_point.strip_prefix(root).ok())
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect();
+    let outer: HashSet<&Path> = inside.iter().copied().collect();
+    let is_nested = |path: &&&Path| path.ancestors().skip(1).any(|above| outer.contains(above));
+    inside
+        .iter()
+        .filter(is_nested)
+        .filter_map(|path| path.to_str())
+        .map(str::to_owned)
+        .take(MOST_SUBMOUNTS)
+        .collect()
+}
+
 /// Stops mounts of this namespace from appearing in the host's; unmounts on the host are still followed, so that
 /// no container keeps a disk of the host busy.
 fn isolate() -> Result<(), RootfsError> {
@@ -242,7 +308,7 @@ fn bind_on_itself(path: &Path) -> Result<OwnedFd, Errno> {
     let tree = sys::clone_tree(path, true)?;
     let place = nix::fcntl::open(
         path,
-        nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
         nix::sys::stat::Mode::empty(),
     )?;
     sys::attach(tree.as_fd(), place.as_fd())?;

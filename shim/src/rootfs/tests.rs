@@ -67,7 +67,7 @@ impl Stage {
             "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": self.cwd },
             "root": { "path": "rootfs", "readonly": read_only },
             "mounts": mounts,
-            "linux": { "namespaces": namespaces }
+            "linux": { "namespaces": namespaces, "maskedPaths": ["/proc/keys", "/circle", "/nothing"] }
         });
         fs::write(self.path("config.json"), config.to_string()).unwrap();
         Rootfs::prepare(&Bundle::load(self.directory.path()).unwrap())
@@ -149,6 +149,46 @@ fn a_read_only_root_still_gets_its_mount_points() {
         stage.prepare(mounts, true).unwrap().pivot().unwrap();
         assert_eq!(errno(fs::write("/etc/os-release", "")), Errno::EROFS);
         fs::write("/new/place/file", "volumes are not the root").unwrap();
+        mount_proc();
+    });
+}
+
+#[test]
+fn proc_and_sys_are_mounted_on_no_link() {
+    let stage = Stage::new();
+    fs::create_dir(stage.path("rootfs/elsewhere")).unwrap();
+    symlink("/elsewhere", stage.path("rootfs/sys")).unwrap();
+    in_new_namespace(|| {
+        let message = stage.refusal(json!([guest_mount("/sys", "sysfs")]));
+        assert!(
+            message.contains("mounts[0]: sysfs must be mounted on ordinary directory, and /sys"),
+            "{message}"
+        );
+    });
+}
+
+#[test]
+fn a_path_to_be_masked_may_be_missing_but_not_lead_in_circles() {
+    let stage = Stage::new();
+    in_new_namespace(|| {
+        stage.prepare(json!([]), false).unwrap();
+    });
+    symlink("../circle", stage.path("rootfs/circle")).unwrap();
+    in_new_namespace(|| {
+        let message = stage.refusal(json!([]));
+        assert!(message.contains("/circle cannot be protected: ") && message.contains("ELOOP"), "{message}");
+    });
+}
+
+#[test]
+fn hooks_can_still_write_to_a_root_that_will_be_read_only() {
+    let stage = Stage::new();
+    in_new_namespace(|| {
+        let rootfs = stage.prepare(json!([guest_mount("/proc", "proc")]), true).unwrap();
+        fs::write(stage.path("rootfs/cache"), "of a hook").unwrap();
+        rootfs.pivot().unwrap();
+        assert_eq!(fs::read_to_string("/cache").unwrap(), "of a hook");
+        assert_eq!(errno(fs::write("/cache", "")), Errno::EROFS);
         mount_proc();
     });
 }
@@ -275,5 +315,21 @@ fn a_missing_layer_base_is_named() {
         let error = Overlay::mount(&stage.path("absent"), &stage.path("rootfs")).unwrap_err().to_string();
         assert!(error.contains("cannot put a throw-away layer over") && error.contains("ENOENT"), "{error}");
         mount(Some("x"), &stage.path("rootfs"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    });
+}
+
+#[test]
+fn mounts_below_volumes_are_known_by_their_places_in_the_container() {
+    let stage = Stage::new();
+    in_new_namespace(|| {
+        fs::create_dir(stage.path("volume/nested")).unwrap();
+        let place = stage.path("volume/nested");
+        isolate().unwrap();
+        mount(Some("x"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let mounts = json!([guest_mount("/proc", "proc"), stage.bind("volume", "/data", &["rbind"])]);
+        let rootfs = stage.prepare(mounts, false).unwrap();
+        assert_eq!(submounts(&stage.path("rootfs").canonicalize().unwrap()).unwrap(), ["data/nested"]);
+        rootfs.pivot().unwrap();
+        mount_proc();
     });
 }

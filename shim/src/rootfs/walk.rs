@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::sys::stat::{Mode, SFlag, fstat, mkdirat};
 
 /// As many as the kernel follows in one lookup.
@@ -140,6 +140,18 @@ impl<'a> Walk<'a> {
     fn open(&self, name: &OsStr) -> Result<OwnedFd, Errno> {
         openat(self.here(), name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
     }
+}
+
+/// The type of the file at a path below `root`; links of the tree are followed by the kernel, which stays inside.
+pub(super) fn look(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<SFlag, Errno> {
+    let flags = flags | OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let found = openat2(root, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_IN_ROOT))?;
+    Ok(SFlag::from_bits_truncate(fstat(found)?.st_mode) & SFlag::S_IFMT)
+}
+
+/// Whether the last component of a path below `root` is a link.
+pub(super) fn is_link(root: BorrowedFd<'_>, path: &Path) -> bool {
+    look(root, path, OFlag::O_NOFOLLOW) == Ok(SFlag::S_IFLNK)
 }
 
 fn dup(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {

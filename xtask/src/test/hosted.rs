@@ -52,7 +52,7 @@ fn all(tally: &mut Tally) -> Result<()> {
     let first = Host::ensure()?;
     let stories = process::text(first.command([SUITES, "--list"]).stdin(Stdio::null()))?;
     let suites = suites(&stories).into_iter().map(Part::Stories);
-    // The longest come first, so that no host is left with one of them at the end.
+    // The suites are longer, and the longest of them come first: no host is left with one of those at the end.
     let parts: VecDeque<_> = suites.chain(programs.into_iter().map(Part::UnitTests)).collect();
     share_out(parts, HostConfig::default().side_by_side(), tally)?;
     // What this machine could not run has now been run.
