@@ -10,6 +10,8 @@ use crate::terminal::Terminal;
 
 pub const STORIES: &[(&str, Story)] = &[
     ("what_a_container_sees", what_a_container_sees),
+    ("what_a_privileged_container_sees", what_a_privileged_container_sees),
+    ("what_a_privileged_container_does", what_a_privileged_container_does),
     ("what_an_unprivileged_user_sees", what_an_unprivileged_user_sees),
     ("what_a_restricted_container_sees", what_a_restricted_container_sees),
     ("what_a_limited_container_sees", what_a_limited_container_sees),
@@ -77,7 +79,6 @@ const SURROUNDINGS: &str = r#"
     grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp|SigIgn|SigBlk):' /proc/self/status
     cat /proc/self/oom_score_adj
     cat /proc/self/limits
-    ls -ln /dev | awk '{print $1, $3, $4, $5, $6, ($1 ~ /^[bc]/ ? $10 : "")}' | grep ^c
     ls -l /dev | grep -- '->' | sed 's/.* \([^ ]* -> .*\)/\1/' | grep -v kcore
     stat -c '%n %F %a %u %g' / /dev /dev/shm /dev/pts /proc /sys /etc/hosts /etc/resolv.conf /etc/hostname
     awk '$3 ~ /^(proc|tmpfs|sysfs|devpts|mqueue|cgroup2)$/ {print $2, $3, $4}' /proc/mounts |
@@ -88,8 +89,10 @@ const SURROUNDINGS: &str = r#"
         (echo x >$f) 2>/dev/null && echo "$f can be written"
         head -c 1 $f 2>/dev/null | wc -c
     done
-    ls /sys/firmware | wc -l
 "#;
+
+/// Devices, and what is said of the machine.
+const MACHINE: &str = "ls -ln /dev | awk '/^[bc]/ {print $1, $3, $4, $5, $6, $10}'; ls /sys/firmware | wc -l";
 
 fn surroundings(docker: &Docker, options: &[&str]) -> Result<String> {
     let container = ["busybox", "sh", "-c", SURROUNDINGS];
@@ -98,7 +101,27 @@ fn surroundings(docker: &Docker, options: &[&str]) -> Result<String> {
 
 fn what_a_container_sees() -> Result<()> {
     same(|docker| surroundings(docker, &["--hostname", "kitchen"]))?;
+    same(|docker| Ok(told(&docker.run(&["busybox", "sh", "-c", MACHINE])?)))
+}
+
+/// Its devices are those of another machine.
+fn what_a_privileged_container_sees() -> Result<()> {
     same(|docker| surroundings(docker, &["--hostname", "kitchen", "--privileged"]))
+}
+
+/// What a privileged container may do with its kernel, which under rvm is the guest's.
+fn what_a_privileged_container_does() -> Result<()> {
+    const STEPS: &str = "mkdir /t && mount -t tmpfs none /t && touch /t/x && ls /t && umount /t && ls /t; \
+                         dd if=/dev/zero of=/image bs=1M count=4 2>/dev/null; ls -l /dev/loop-control | cut -c 1; \
+                         mknod /node b 7 7 && losetup /node /image && losetup /node && losetup -d /node; \
+                         hostname other && hostname; ip link add d0 type veth peer name d1 && ip link | grep -c d0; \
+                         echo 5 >/proc/sys/vm/swappiness && cat /proc/sys/vm/swappiness; \
+                         mount -o remount,ro / && touch /y; echo $?";
+    let before = shell("cat /proc/sys/vm/swappiness")?.text();
+    let outcome = same(|docker| Ok(told(&docker.run(&["--privileged", "busybox", "sh", "-c", STEPS])?)));
+    // Under runc the kernel is the host's.
+    shell(&format!("echo {before} >/proc/sys/vm/swappiness"))?.expect_code(0)?;
+    outcome
 }
 
 fn what_an_unprivileged_user_sees() -> Result<()> {

@@ -60,7 +60,14 @@ const OF_VCPUS: &[libc::c_long] = &[
 /// The type that all requests of KVM carry in the second byte of their number (`KVMIO`, linux/kvm.h).
 const KVM_REQUESTS: u64 = 0xAE00;
 
-/// Leaves the calling thread without capabilities, and with only those system calls that running a vCPU takes. Others
+/// What a network device asks of its tap when a driver starts it: TUNSETOFFLOAD and TUNSETVNETHDRSZ (linux/if_tun.h).
+const TAP_REQUESTS: [u64; 2] = [
+    nix::request_code_write!(b'T', 208, size_of::<u32>()),
+    nix::request_code_write!(b'T', 216, size_of::<i32>()),
+];
+
+/// Leaves the calling thread without capabilities, and with only those system calls that running a vCPU takes, which
+/// starts and resets devices, too. Others
 /// fail with EPERM: a container is worth more than the alarm.
 ///
 /// # Errors
@@ -73,18 +80,23 @@ pub fn enter_vcpu() -> io::Result<()> {
 
 fn vcpu_filter() -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<_, _> = OF_VCPUS.iter().map(|call| (*call, Vec::new())).collect();
-    let masked = |argument, mask, value| {
-        let equal = SeccompCmpOp::MaskedEq(mask);
-        let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, equal, value)?;
-        Ok::<_, BackendError>(vec![SeccompRule::new(vec![condition])?])
-    };
-    rules.insert(libc::SYS_ioctl, masked(1, 0xFF00, KVM_REQUESTS)?);
+    let mut requests = vec![where_masked(1, 0xFF00, KVM_REQUESTS)?];
+    for request in TAP_REQUESTS {
+        requests.push(where_masked(1, u64::from(u32::MAX), request)?);
+    }
+    rules.insert(libc::SYS_ioctl, requests);
     let executable = u64::from(libc::PROT_EXEC.cast_unsigned());
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, masked(2, executable, 0)?);
+        rules.insert(call, vec![where_masked(2, executable, 0)?]);
     }
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Holds for a call whose argument of this number has this value in the bits of the mask.
+fn where_masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, BackendError> {
+    let equal = SeccompCmpOp::MaskedEq(mask);
+    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, equal, value)?])
 }
 
 #[cfg(test)]
@@ -126,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vcpus_thread_has_memory_that_is_not_executable_and_no_requests_but_kvms() {
+    fn a_vcpus_thread_has_memory_that_is_not_executable_and_few_requests() {
         let outcome = thread::spawn(|| {
             enter_vcpu().unwrap();
             let map = |protection| {

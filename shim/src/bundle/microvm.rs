@@ -16,7 +16,7 @@ use super::{field, impossible, resources};
 use crate::cause::Cause;
 
 /// Character devices that every guest has of its own: major and minor number.
-const GUEST_DEVICES: [(i64, i64); 11] = [
+const GUEST_DEVICES: [(i64, i64); 12] = [
     (1, 3),    // null
     (1, 5),    // zero
     (1, 7),    // full
@@ -28,6 +28,7 @@ const GUEST_DEVICES: [(i64, i64); 11] = [
     (5, 2),    // ptmx
     (10, 200), // net/tun
     (10, 229), // fuse
+    (10, 237), // loop-control
 ];
 
 /// Refuses what a microVM cannot do, drops what has no meaning there, and says so.

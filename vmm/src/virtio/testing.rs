@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::Transport;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
-use crate::GuestMemory;
+use crate::{GuestMemory, confine};
 
 pub(crate) use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 
@@ -131,9 +131,16 @@ impl Guest {
         }
     }
 
-    /// Starts a device on these queues.
+    /// Starts a device on these queues, on a thread with what a vCPU's has: that is where drivers do it.
     pub(crate) fn activate(&self, device: &mut dyn VirtioDevice, features: u64) {
-        device.activate(self.activation(features)).unwrap();
+        let activation = self.activation(features);
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                confine::enter_vcpu().unwrap();
+                device.activate(activation).unwrap();
+            });
+            vcpu.join().unwrap();
+        });
         self.queues.iter().for_each(|queue| queue.kick.write(1).unwrap());
     }
 
