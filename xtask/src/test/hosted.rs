@@ -13,7 +13,7 @@ use anyhow::{Result, ensure};
 use rvm_tests::host::{Host, HostConfig, Suite};
 use rvm_tests::support::process;
 
-use super::run::tallied_to;
+use super::run::{tallied, tallied_to};
 use super::{skips, title};
 use crate::build::{self, TestProgram, checked};
 use crate::tally::Tally;
@@ -44,7 +44,7 @@ fn chosen(arguments: &[String], tally: &mut Tally) -> Result<()> {
     if arguments.iter().any(|argument| argument == "--list") {
         return checked(&mut command, "the list of end-to-end tests");
     }
-    tallied_to(io::stdout(), &mut command, "the end-to-end tests", tally)
+    tallied(&mut command, "the end-to-end tests", tally)
 }
 
 fn all(tally: &mut Tally) -> Result<()> {
