@@ -91,6 +91,7 @@ fn build_trees(directory: &Path) -> Result<()> {
     build.debootstrap(&base)?;
     copy_tree(&base, &host)?;
     build.install("Packages of the test host", &host, recipe::HOST_PACKAGES)?;
+    build.unpack_older(&host)?;
     // The base tree becomes the container image itself.
     build.install("Packages of the container image debian", &base, recipe::DEBIAN_IMAGE_PACKAGES)?;
 
@@ -177,6 +178,21 @@ impl Build<'_> {
             progress.note(line);
             progress.set(steps.percent_after(line));
         })?;
+        progress.finish();
+        Ok(())
+    }
+
+    fn unpack_older(&self, tree: &Path) -> Result<()> {
+        let (release, packages) = recipe::OLDER_PACKAGES;
+        let progress = Progress::spinner(&format!("Engines of Debian {release}"));
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh"]);
+        if let Some(proxy) = mirror::apt_proxy()? {
+            command.env("http_proxy", proxy);
+        }
+        command.arg(recipe::UNPACK_OLDER_PACKAGES.write_to(self.directory)?).arg(tree);
+        command.args([&mirror::debian_mirror()?, release]).args(packages);
+        process::run_logged(&mut command, &self.log, |line| progress.note(line))?;
         progress.finish();
         Ok(())
     }

@@ -20,6 +20,7 @@ pub const HOST_PACKAGES: &[&str] = &[
     // Engines and runtimes.
     "docker.io",
     "docker-cli",
+    "docker-buildx",
     "containerd",
     "runc",
     "crun",
@@ -31,6 +32,8 @@ pub const HOST_PACKAGES: &[&str] = &[
     "netavark",
     "aardvark-dns",
     "containernetworking-plugins",
+    // Of the older engines.
+    "libdevmapper1.02.1",
     // Network.
     "iproute2",
     "iptables",
@@ -47,6 +50,9 @@ pub const HOST_PACKAGES: &[&str] = &[
     "strace",
     "xz-utils",
 ];
+
+/// Engines of an older Debian, below `/opt/RELEASE`: Docker 20.10 and containerd 1.6 want other things of a runtime.
+pub const OLDER_PACKAGES: (&str, &[&str]) = ("bookworm", &["docker.io", "containerd", "runc"]);
 
 /// In the container image `debian`: real programs to run in a microVM.
 pub const DEBIAN_IMAGE_PACKAGES: &[&str] =
@@ -105,6 +111,9 @@ pub struct BuildScript {
 /// Installs Debian packages in a tree.
 pub const INSTALL_PACKAGES: BuildScript =
     BuildScript { name: "install-packages", content: include_str!("../../host/install-packages") };
+/// Unpacks packages of another Debian release in a tree.
+pub const UNPACK_OLDER_PACKAGES: BuildScript =
+    BuildScript { name: "unpack-older-packages", content: include_str!("../../host/unpack-older-packages") };
 /// Makes the tree of the container image `busybox`.
 pub const MAKE_BUSYBOX_TREE: BuildScript =
     BuildScript { name: "make-busybox-tree", content: include_str!("../../host/make-busybox-tree") };
@@ -116,7 +125,8 @@ pub const MAKE_DOCKER_ARCHIVE: BuildScript =
 pub const LOAD_IMAGES: BuildScript =
     BuildScript { name: "load-images", content: include_str!("../../host/load-images") };
 
-const BUILD_SCRIPTS: &[BuildScript] = &[INSTALL_PACKAGES, MAKE_BUSYBOX_TREE, MAKE_DOCKER_ARCHIVE];
+const BUILD_SCRIPTS: &[BuildScript] =
+    &[INSTALL_PACKAGES, UNPACK_OLDER_PACKAGES, MAKE_BUSYBOX_TREE, MAKE_DOCKER_ARCHIVE];
 
 impl BuildScript {
     /// Writes the script into `directory` and returns its path.
@@ -131,6 +141,7 @@ impl BuildScript {
 pub fn packages_key() -> Key {
     let mut key = Key::new().with("release", RELEASE);
     key = key.with("host", HOST_PACKAGES.join(" ")).with("debian", DEBIAN_IMAGE_PACKAGES.join(" "));
+    key = key.with(OLDER_PACKAGES.0, OLDER_PACKAGES.1.join(" "));
     for script in BUILD_SCRIPTS {
         key = key.with(script.name, script.content);
     }
