@@ -18,5 +18,6 @@ pub mod event;
 pub mod host;
 pub mod network;
 pub mod process;
+pub mod slots;
 pub mod stream;
 pub mod sys;

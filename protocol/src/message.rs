@@ -114,6 +114,19 @@ pub struct StartContainer {
     /// Mount points below volumes, from the root of the container: the guest mounts them with the volume, and not only
     /// when somebody comes by.
     pub submounts: Vec<String>,
+    /// The machine's disks.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of the machine: a block device of the host, by whose numbers the spec calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The virtio-mmio slot that it is in.
+    pub slot: u8,
+    /// The host's numbers of the device.
+    pub major: u32,
+    /// The minor one.
+    pub minor: u32,
 }
 
 /// A seccomp filter that the host compiled.

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod device_rules;
 pub mod devices;
+pub mod disks;
 pub mod hooks;
 pub mod mounts;
 pub mod namespaces;
@@ -24,6 +25,7 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Process, Spec};
 use rvm_protocol::{ROOTFS_TAG, StartContainer};
 
 use self::cgroup::Cgroup;
+use self::disks::Disks;
 use crate::error::{Context, Result, other};
 use crate::sys::mount::FileSystem;
 use crate::sys::process::Child;
@@ -79,6 +81,8 @@ pub struct Container {
     pub sysfs: Option<OwnedFd>,
     /// Mount points below its volumes, from its root.
     pub submounts: Vec<String>,
+    /// Its disks.
+    disks: Disks,
     /// The program that decides which devices it may use.
     device_rules: OwnedFd,
     settings: Settings,
@@ -87,7 +91,9 @@ pub struct Container {
 impl Container {
     /// Does what needs the agent's own privileges and namespaces, before the container's first fork.
     pub fn prepare(start: &StartContainer, settings: &Settings) -> Result<Self> {
-        let spec: Spec = serde_json::from_str(&start.spec).context(|| "the container's configuration")?;
+        let mut spec: Spec = serde_json::from_str(&start.spec).context(|| "the container's configuration")?;
+        let disks = Disks::find(&start.disks)?;
+        disks.translate(&mut spec);
         let linux = spec.linux().as_ref();
         mount_pristine(settings)?;
         if let Some(values) = linux.and_then(|linux| linux.sysctl().as_ref()) {
@@ -112,6 +118,7 @@ impl Container {
             init: None,
             sysfs,
             submounts: start.submounts.clone(),
+            disks,
             device_rules,
             settings: settings.clone(),
         })
@@ -120,8 +127,9 @@ impl Container {
     /// Changes its limits while it runs.
     pub fn update(&mut self, resources: &LinuxResources) -> Result<()> {
         self.cgroup.update(resources)?;
-        if let Some(rules) = resources.devices() {
-            self.device_rules = device_rules::enforce(&self.cgroup, rules, Some(&self.device_rules))?;
+        if let Some(mut rules) = resources.devices().clone() {
+            rules.iter_mut().for_each(|rule| self.disks.translate_rule(rule));
+            self.device_rules = device_rules::enforce(&self.cgroup, &rules, Some(&self.device_rules))?;
         }
         Ok(())
     }

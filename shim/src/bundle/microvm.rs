@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 };
 
 use super::error::BundleError;
-use super::{field, impossible, resources};
+use super::{disks, field, impossible, resources};
 use crate::cause::Cause;
 
 /// Character devices that every guest has of its own: major and minor number.
@@ -216,12 +216,24 @@ fn devices(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), BundleEr
         linux.set_devices(Some(kept));
         return Ok(());
     }
-    match list.iter().position(|device| !is_possible(device)) {
+    let rules = linux.resources().as_ref().and_then(|limits| limits.devices().as_deref()).unwrap_or_default();
+    let is_refused = |device: &LinuxDevice| !is_possible(device) && disks::access(device, rules).is_none();
+    match list.iter().position(is_refused) {
         None => Ok(()),
         Some(index) => {
-            let problem = format!("pass the host's device {}", list[index].path().display());
+            let problem = refusal(&list[index]);
             Err(impossible(&format!("linux.devices[{index}]"), &problem))
         }
+    }
+}
+
+fn refusal(device: &LinuxDevice) -> String {
+    let path = device.path().display();
+    match device.typ() {
+        LinuxDeviceType::B => {
+            format!("pass the host's device {path}, which no rule of linux.resources.devices lets it read")
+        }
+        _ => format!("pass the host's device {path}; only block devices become devices of the guest"),
     }
 }
 
@@ -245,7 +257,7 @@ fn is_of_the_guest(device: &LinuxDevice) -> bool {
 }
 
 /// Whether the host has a device of these numbers. A node of others leads nowhere, here as there, and is no more than a node.
-fn is_of_the_host(device: &LinuxDevice) -> bool {
+pub(super) fn is_of_the_host(device: &LinuxDevice) -> bool {
     let kind = match device.typ() {
         LinuxDeviceType::B => "block",
         LinuxDeviceType::C | LinuxDeviceType::U => "char",

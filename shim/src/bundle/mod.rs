@@ -4,6 +4,7 @@
 //! What is senseless, unknown, or impossible in a virtual machine is refused in one sentence that names the field;
 //! what merely has no effect there becomes a warning.
 
+mod disks;
 mod error;
 mod guest;
 mod microvm;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
+pub use disks::{HostDisk, MAX_DISKS};
 pub use error::BundleError;
 pub use rlimits::inherit_limits;
 
@@ -39,6 +41,8 @@ pub struct Bundle {
     pub spec: Spec,
     /// The directory that becomes the container's root, absolute and without symlinks.
     pub rootfs: PathBuf,
+    /// The host's block devices that become disks of the guest.
+    pub disks: Vec<HostDisk>,
     /// What the description asks for that has no effect in a microVM: one sentence each.
     pub warnings: Vec<String>,
     guest_spec: String,
@@ -70,9 +74,10 @@ impl Bundle {
     fn check(path: PathBuf, mut spec: Spec, mut warnings: Vec<String>) -> Result<Bundle, BundleError> {
         validate::spec(&mut spec, &path, &mut warnings)?;
         microvm::possible(&mut spec, &mut warnings)?;
+        let disks = spec.linux().as_ref().map_or(Ok(Vec::new()), disks::of)?;
         let rootfs = rootfs(&path, &spec)?;
         let guest_spec = guest::spec_json(&spec)?;
-        Ok(Bundle { path, spec, rootfs, warnings, guest_spec })
+        Ok(Bundle { path, spec, rootfs, disks, warnings, guest_spec })
     }
 
     /// The description as the agent gets it, without what concerns only the host.

@@ -166,6 +166,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         terminal: size,
         seccomp: filter,
         shape,
+        disks: request.bundle.disks.clone(),
         hook_state: hook_state.clone(),
         log_format: request.log.format(),
         debug: request.log.is_debug(),

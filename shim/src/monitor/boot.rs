@@ -1,6 +1,7 @@
 //! The machine of a container: its configuration, its devices, and what went wrong when it ended by itself.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
@@ -8,11 +9,14 @@ use std::time::Duration;
 use rvm_protocol::{CONTROL_PORT, GUEST_CID, ROOTFS_TAG, STREAM_PORT};
 use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
+use rvm_vmm::virtio::block::BlockDevice;
 use rvm_vmm::virtio::fs::{FileServer, FsDevice, PreparedFileServer};
 use rvm_vmm::virtio::rng::RngDevice;
 use rvm_vmm::virtio::vsock::{VsockDevice, VsockListener};
 
+use super::disks::OpenDisk;
 use super::{MonitorError, initramfs};
+use crate::bundle::MAX_DISKS;
 use crate::container::shape::Shape;
 use crate::foreign::tame;
 use crate::timeline::{Phase, Timeline};
@@ -23,7 +27,7 @@ const RNG_SLOT: u8 = 1;
 const ROOTFS_SLOT: u8 = 2;
 /// The first slot that is free for devices that are plugged later.
 pub const FIRST_FREE_SLOT: u8 = 3;
-/// Number of slots.
+/// Number of slots for all but disks.
 pub const SLOTS: u8 = 8;
 /// How many of the kernel's last lines an error shows.
 const LAST_LINES: usize = 12;
@@ -32,6 +36,7 @@ const LAST_LINES: usize = 12;
 pub struct Built {
     machine: Machine,
     files: PreparedFileServer,
+    disks: Vec<OpenDisk>,
 }
 
 /// A machine that boots.
@@ -46,11 +51,18 @@ pub struct Booting {
     pub events: EventLoop,
 }
 
+/// The slots of disks follow those of everything else.
+pub fn disk_slots(disks: usize) -> Range<u8> {
+    // A bundle has no more disks than there are slots.
+    SLOTS..SLOTS + disks.min(MAX_DISKS) as u8
+}
+
 /// Builds the machine and loads the kernel into it.
 pub fn build(
     shape: Shape,
     kernel: File,
     mut agent: File,
+    disks: Vec<OpenDisk>,
     timeline: &mut Timeline,
 ) -> Result<Built, MonitorError> {
     let files = FileServer::prepare()?;
@@ -64,19 +76,19 @@ pub fn build(
         kernel,
         initramfs,
         command_line: String::new(),
-        slots: SLOTS,
+        slots: disk_slots(disks.len()).end,
     })
     .map_err(|error| MonitorError::of_boot(&name, error))?;
     let reached = machine.timeline();
     timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
     timeline.mark_at(Phase::KernelLoaded, reached.kernel_loaded);
-    Ok(Built { machine, files })
+    Ok(Built { machine, files, disks })
 }
 
 impl Built {
     /// Plugs the devices and lets the vCPUs run. This process's root is now the container's.
     pub fn start(self, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
-        let Built { machine, files } = self;
+        let Built { machine, files, disks } = self;
         let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
@@ -85,6 +97,9 @@ impl Built {
         machine.plug(VSOCK_SLOT, Box::new(vsock))?;
         machine.plug(RNG_SLOT, Box::new(RngDevice::new(events.handle())))?;
         machine.plug(ROOTFS_SLOT, Box::new(root))?;
+        for (slot, disk) in disk_slots(disks.len()).zip(disks) {
+            machine.plug(slot, Box::new(BlockDevice::new(disk.device, disk.read_only)?))?;
+        }
         machine.start()?;
         if let Some(entry) = machine.timeline().kernel_entry {
             timeline.mark_at(Phase::KernelEntry, entry);

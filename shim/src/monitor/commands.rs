@@ -3,10 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use rvm_protocol::{ExecProcess, ExitStatus, NetworkConfig, ProcessId, Request, StartContainer};
+use rvm_protocol::{Disk, ExecProcess, ExitStatus, NetworkConfig, ProcessId, Request, StartContainer};
 use rvm_vmm::virtio::net::NetDevice;
 
-use super::boot::SLOTS;
+use super::boot::{self, SLOTS};
 use super::clients::ClientId;
 use super::execution::Execution;
 use super::service::{Deadline, KILL_PATIENCE, Outcome, SYNC_PATIENCE, Service};
@@ -157,6 +157,7 @@ impl Service {
             hook_state: created_state(&self.setup.hook_state),
             memory_limit: self.setup.shape.memory_limit,
             submounts: std::mem::take(&mut self.setup.submounts),
+            disks: self.disks(),
         };
         self.request(Request::Start(Box::new(start)), Pending::Start);
         Ok(())
@@ -168,6 +169,14 @@ impl Service {
         if let Some(deadline) = deadline {
             self.deadlines.entry(Deadline::Start).or_insert(deadline);
         }
+    }
+
+    fn disks(&self) -> Vec<Disk> {
+        let disks = &self.setup.disks;
+        boot::disk_slots(disks.len())
+            .zip(disks)
+            .map(|(slot, disk)| Disk { slot, major: disk.major, minor: disk.minor })
+            .collect()
     }
 
     fn plug_network(

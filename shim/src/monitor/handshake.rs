@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use rvm_protocol::SeccompProgram;
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::HostDisk;
 use crate::container::shape::Shape;
 use crate::control::{Refusal, WindowSize};
 use crate::logging::LogFormat;
@@ -61,6 +62,8 @@ pub struct Setup {
     pub seccomp: Option<SeccompProgram>,
     /// The machine's size.
     pub shape: Shape,
+    /// The host's block devices that become the guest's disks.
+    pub disks: Vec<HostDisk>,
     /// The state as the container's hooks get it.
     pub hook_state: String,
     /// How log lines look.

@@ -13,6 +13,7 @@ mod boot;
 mod clients;
 mod commands;
 mod confine;
+mod disks;
 mod events;
 mod execution;
 mod init;
@@ -75,6 +76,9 @@ pub enum MonitorError {
         /// What is wrong with it.
         source: rvm_vmm::machine::BootError,
     },
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] rvm_vmm::virtio::block::BlockError),
     /// The file server.
     #[error(transparent)]
     Files(#[from] rvm_vmm::virtio::fs::FsError),
@@ -192,13 +196,14 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let signals = Signals::block().map_err(MonitorError::system("cannot wait for signals"))?;
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 
+    let disks = disks::open_all(&setup.disks)?;
     setup::enter_namespaces(&spec)?;
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
     setup.submounts =
         rootfs::submounts(&setup.rootfs).map_err(MonitorError::system("cannot read the table of mounts"))?;
     setup.timeline.mark(Phase::RootfsReady);
-    let built = boot::build(setup.shape, kernel, agent, &mut setup.timeline)?;
+    let built = boot::build(setup.shape, kernel, agent, disks, &mut setup.timeline)?;
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;
 
     send(socket, &FromMonitor::Prepared, &[])?;

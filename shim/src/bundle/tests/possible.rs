@@ -40,6 +40,44 @@ fn device_of_the_host(path: &str) -> Value {
     json!({ "path": path, "type": "c", "major": major, "minor": minor })
 }
 
+/// The numbers of some block device of this host.
+fn disk_of_the_host() -> Option<(i64, i64)> {
+    let name = std::fs::read_dir("/sys/dev/block").ok()?.next()?.ok()?.file_name().into_string().ok()?;
+    let (major, minor) = name.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+#[test]
+fn a_block_device_that_the_rules_let_it_read_is_a_disk() {
+    let Some((major, minor)) = disk_of_the_host() else {
+        eprintln!("not tested: this machine shows no block devices");
+        return;
+    };
+    let node = |path: &str| json!({ "path": path, "type": "b", "major": major, "minor": minor });
+    let mut config = with("/linux/devices", json!([node("/dev/xvdc"), node("/dev/again")]));
+    let message = refusal(&config);
+    assert!(message.contains("which no rule of linux.resources.devices lets it read"), "{message}");
+    config["linux"]["resources"]["devices"] = json!([
+        { "allow": false, "access": "rwm" },
+        { "allow": true, "type": "b", "major": major, "minor": minor, "access": "rm" },
+    ]);
+    let bundle = load(&config).unwrap();
+    let disk = HostDisk { major: major as u32, minor: minor as u32, read_only: true };
+    assert_eq!(bundle.disks, [disk]);
+    assert_eq!(guest(&bundle)["linux"]["devices"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_privileged_container_gets_no_disks_of_the_host() {
+    let Some((major, minor)) = disk_of_the_host() else { return };
+    let node = json!({ "path": "/dev/sda", "type": "b", "major": major, "minor": minor });
+    let mut config = with("/linux/devices", json!([node]));
+    config["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
+    let bundle = load(&config).unwrap();
+    assert!(bundle.disks.is_empty());
+    assert_eq!(guest(&bundle)["linux"]["devices"], json!([]));
+}
+
 #[test]
 fn devices_of_the_guest_are_fine_and_privileged_gets_no_others() {
     let sink = json!({ "path": "/dev/null", "type": "c", "major": 1, "minor": 3 });
