@@ -75,7 +75,14 @@ fn set_up_guest(settings: &Settings) -> Result<()> {
     mount_on("cgroup2", "/sys/fs/cgroup", Some("nsdelegate"))?;
     cgroup::enable_controllers(Path::new("/sys/fs/cgroup"));
     protect_agent()?;
+    promise_memory()?;
     network::bring_loopback_up()
+}
+
+/// A program in a container may reserve as much memory as a host would promise it, and is limited by what it uses. By its
+/// own judgement the kernel promises no more at once than the machine has, which is little above the container's limit.
+fn promise_memory() -> Result<()> {
+    fs::write("/proc/sys/vm/overcommit_memory", "1").context(|| "promising memory as a larger machine would")
 }
 
 /// The initial root cannot be exchanged by `pivot_root`, nor can a root that lies directly on it. So the
