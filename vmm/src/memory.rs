@@ -48,6 +48,7 @@ pub(crate) fn create(size: u64) -> Result<GuestMemory, MemoryError> {
         let mapping = map_aligned(length).map_err(FromRangesError::from)?;
         let region = GuestRegionMmap::new(mapping, start).ok_or(FromRangesError::InvalidGuestRegion)?;
         advise_huge_pages(&region);
+        keep_from_children(&region);
         Ok::<_, FromRangesError>(region)
     });
     let regions = regions.collect::<Result<Vec<_>, _>>().map_err(failed)?;
@@ -101,6 +102,12 @@ fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
         ranges.push((GAP_END, (size - low) as usize));
     }
     ranges
+}
+
+/// A process that the monitor forks has no use for the guest's memory, and its page tables would have to be copied.
+fn keep_from_children(region: &GuestRegionMmap) {
+    // SAFETY: the range is a mapping of this process, and the advice changes nothing of its contents.
+    unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTFORK) };
 }
 
 /// With huge pages a guest that boots takes a page fault for every 2 MiB instead of every 4 KiB. It is advice: where

@@ -6,6 +6,7 @@
 
 mod layout;
 pub mod limits;
+mod oom;
 mod systemd;
 
 #[cfg(test)]
@@ -190,7 +191,7 @@ impl HostCgroup {
     /// Moves a process, with all its threads, into the cgroup.
     pub fn add(&self, pid: u32) -> Result<(), CgroupError> {
         for Directory { path, .. } in &self.directories {
-            write(&path.join(PROCESSES), &pid.to_string())
+            write(&self.members(path).join(PROCESSES), &pid.to_string())
                 .map_err(|error| failed("put a process into", path, error))?;
         }
         Ok(())

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 pub use folder::{Folder, Lock};
 pub use id::{ContainerId, IdError};
-pub use liveness::{ProcessHandle, ProcessIdentity};
+pub use liveness::{ProcessHandle, ProcessIdentity, pidfd_open};
 pub use state::{Record, StateReport, Status, Step};
 
 use crate::cause::Cause;

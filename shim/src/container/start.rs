@@ -61,7 +61,8 @@ pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
     for (interface, _) in &connected.interfaces {
         log.debug(format!("{}: connected {} ({:?})", container.id(), interface.name, interface.addresses));
     }
-    ask(container, &connection, connected)?;
+    let oom_reports = prepare_oom_reports(container, log);
+    ask(container, &connection, connected, oom_reports)?;
     let state = container.record.report(Status::Running).to_json();
     hooks::run(HookKind::Poststart, &container.record.poststart, &state).inspect_err(|_| {
         // The specification (1.2, lifecycle) has the container stopped when one of these hooks fails.
@@ -81,11 +82,30 @@ fn connect_network(container: &Container) -> Result<Connected, StartError> {
     Ok(network::connect(namespace.as_fd())?)
 }
 
-fn ask(container: &Container, connection: &Connection, connected: Connected) -> Result<(), StartError> {
+/// By now the engine knows the cgroup whose counters it watches. A container without a limit has a whole machine to fill,
+/// which is nobody's limit.
+fn prepare_oom_reports(container: &Container, log: &Log) -> Option<File> {
+    container.record.shape.and_then(|shape| shape.memory_limit)?;
+    let prepared = container.record.cgroup.as_ref()?.prepare_oom_reports();
+    prepared
+        .inspect_err(|error| {
+            log.warning(format!("kills for want of memory will not be told to the engine: {error}"));
+        })
+        .ok()
+        .flatten()
+}
+
+fn ask(
+    container: &Container,
+    connection: &Connection,
+    connected: Connected,
+    oom_reports: Option<File>,
+) -> Result<(), StartError> {
     let (interfaces, taps): (Vec<_>, Vec<_>) = connected.interfaces.into_iter().unzip();
     let network = NetworkConfig { interfaces, routes: connected.routes, neighbours: connected.neighbours };
-    let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-    connection.order(&Command::Start { network }, &taps).map_err(|error| match error {
+    let descriptors: Vec<_> =
+        taps.iter().map(AsFd::as_fd).chain(oom_reports.as_ref().map(AsFd::as_fd)).collect();
+    connection.order(&Command::Start { network }, &descriptors).map_err(|error| match error {
         ControlError::Refused(refusal) => StartError::Refused(refusal),
         error => container.conversation_failed(error).into(),
     })

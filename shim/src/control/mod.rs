@@ -24,7 +24,8 @@ use crate::cause::Cause;
 /// What a command asks of the monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
-    /// Start the container's process. A tap's descriptor goes along for each interface, in their order.
+    /// Start the container's process. A tap's descriptor goes along for each interface, in their order, and one more
+    /// where kills for want of memory can be told to the engine.
     Start {
         /// What the guest's network shall look like; the monitor fills the slots in.
         network: NetworkConfig,

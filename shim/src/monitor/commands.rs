@@ -127,10 +127,15 @@ impl Service {
         &mut self,
         client: ClientId,
         network: NetworkConfig,
-        taps: Vec<OwnedFd>,
+        mut descriptors: Vec<OwnedFd>,
     ) -> Result<(), String> {
         if self.start_asked {
             return Err("cannot start an already running container".into());
+        }
+        let more = descriptors.split_off(network.interfaces.len().min(descriptors.len()));
+        let taps = descriptors;
+        if let Some(place) = more.into_iter().next() {
+            self.oom_reports.enable(place.into());
         }
         let network = self.plug_network(network, taps)?;
         self.setup.timeline.mark(Phase::StartAsked);

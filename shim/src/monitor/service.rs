@@ -20,6 +20,7 @@ use super::commands::Pending;
 use super::execution::Execution;
 use super::handshake::Setup;
 use super::init::Init;
+use super::oom::OomReports;
 use super::streams::Streams;
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
@@ -102,6 +103,7 @@ pub struct Service {
     /// Where commands read the step.
     step_file: File,
     pub(super) log: Log,
+    pub(super) oom_reports: OomReports,
     /// Whether it was said that the guest was out of memory.
     out_of_memory: bool,
     /// The conversation with the command that this container ends with, if it does.
@@ -119,6 +121,7 @@ enum Source {
     StreamHeader,
     Machine,
     Drained,
+    OomReport,
     Tie,
 }
 
@@ -159,6 +162,7 @@ impl Service {
             step_file,
             tie: None,
             log: Log::default(),
+            oom_reports: OomReports::default(),
             out_of_memory: false,
         }
     }
@@ -241,6 +245,9 @@ impl Service {
             add(Source::Machine, input(self.machine.exit_event()));
         }
         add(Source::Drained, input(self.init.drained()));
+        if let Some(report) = self.oom_reports.on_its_way() {
+            add(Source::OomReport, input(report));
+        }
         if let Some(tie) = &self.tie {
             add(Source::Tie, input(tie.as_fd()));
         }
@@ -264,6 +271,7 @@ impl Service {
             Source::StreamListener | Source::StreamHeader => self.accept_streams(),
             Source::Machine => self.on_machine_end(),
             Source::Drained => self.init.count_drained(),
+            Source::OomReport => self.oom_reports.arrived(),
             // Nothing more is said on it: it can only have closed.
             Source::Tie => self.end_by_kill(),
         }
@@ -342,9 +350,9 @@ impl Service {
         }
     }
 
-    /// Engines learn of it from the exit status; whoever looks for the reason, from the log. It is said once: a
-    /// guest could fill the log.
+    /// The log says it once: a guest could fill it.
     pub(super) fn on_out_of_memory(&mut self) {
+        self.oom_reports.report();
         if !std::mem::replace(&mut self.out_of_memory, true) {
             self.log.warning_now(
                 "the guest's kernel killed a process of the container, which was over its memory limit",
@@ -373,6 +381,7 @@ impl Service {
 
     /// Tells those who wait how it ended, and leaves what the commands read after this process's end.
     fn conclude(&mut self, outcome: &Outcome) {
+        self.oom_reports.settle();
         self.setup.timeline.mark(Phase::Exit);
         self.log.debug(format!("{}: it is over: {outcome:?}", self.setup.id));
         let _ = self.folder.write_json(folder::TIMELINE, &self.setup.timeline);
