@@ -12,9 +12,11 @@ mod command;
 mod daemon;
 mod daemons;
 mod engines;
+mod execs;
 mod exit_codes;
 mod leftovers;
 mod lifecycle;
+mod limits;
 mod network;
 mod options;
 mod programs;
@@ -40,6 +42,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("bad_input", bad_input::STORIES),
     ("engines", engines::STORIES),
     ("exit_codes", exit_codes::STORIES),
+    ("limits", limits::STORIES),
+    ("execs", execs::STORIES),
     ("streams", streams::STORIES),
     ("network", network::STORIES),
     ("specification", specification::STORIES),
