@@ -43,6 +43,9 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("streams", streams::STORIES),
     ("network", network::STORIES),
     ("specification", specification::STORIES),
+    ("specification", specification::hooks::STORIES),
+    ("specification", specification::operations::STORIES),
+    ("specification", specification::surroundings::STORIES),
     ("daemons", daemons::STORIES),
     ("systemd", systemd::STORIES),
 ];
