@@ -45,7 +45,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("specification", specification::STORIES),
     ("specification", specification::hooks::STORIES),
     ("specification", specification::operations::STORIES),
-    ("specification", specification::surroundings::STORIES),
+    ("specification", specification::process::STORIES),
+    ("specification", specification::files::STORIES),
     ("daemons", daemons::STORIES),
     ("systemd", systemd::STORIES),
 ];

@@ -1,8 +1,9 @@
 //! What the OCI specification and other runtimes promise, and no engine asks for every day.
 
+pub mod files;
 pub mod hooks;
 pub mod operations;
-pub mod surroundings;
+pub mod process;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -46,6 +47,14 @@ fn both_print(bundle: &Bundle, text: &str) -> Result<()> {
     RUNTIMES
         .iter()
         .try_for_each(|runtime| run(runtime, &["run", "--bundle", bundle.path(), "story"])?.expect_text(text))
+}
+
+/// What the bundle's container prints with either runtime; fails unless it is the same.
+fn same_text(bundle: &Bundle) -> Result<String> {
+    let printed = |runtime| run(runtime, &["run", "--bundle", bundle.path(), "story"])?.expect_code(0);
+    let (theirs, ours) = (printed("runc")?.text(), printed("rvm")?.text());
+    ensure!(ours == theirs, "under runc:\n{theirs}\nunder rvm:\n{ours}");
+    Ok(ours)
 }
 
 fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {

@@ -63,7 +63,7 @@ fn bundle_with_hooks(failing: &str) -> Result<Bundle> {
         "createRuntime": [hook("createRuntime", false), hook("createRuntime again", false)],
         "createContainer": [hook("createContainer", false)],
         "startContainer": [hook("startContainer", true)],
-        "poststart": [hook("poststart", false)],
+        "poststart": [hook("poststart", false), hook("poststart again", false)],
         "poststop": [hook("poststop", false), hook("poststop again", false)],
     });
     let log = mount("/log", "bind", &format!("{folder}/log"), &["bind"]);
@@ -112,7 +112,8 @@ fn every_hook_has_its_time_and_place() -> Result<()> {
     ensure_log(
         &bundle,
         "startContainer: created story told bundle process container no home\n\
-         poststart: running story told bundle process host no home\n",
+         poststart: running story told bundle process host no home\n\
+         poststart again: running story told bundle process host no home\n",
     )?;
     let seen = format!("{}/log/seen", bundle.path());
     eventually("the process has looked", || Ok(fs::read_to_string(&seen)?.contains("startContainer")))?;
