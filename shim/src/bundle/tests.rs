@@ -119,6 +119,9 @@ fn every_broken_field_is_named_in_one_line() {
         |options: Value| json!({ "destination": "/x", "source": "/tmp", "type": "bind", "options": options });
     let cases = [
         ("/process", Value::Null, "process: it is missing"),
+        ("/ociVersion", json!("invalid"), "ociVersion: `invalid` is not a version"),
+        ("/ociVersion", json!("1.2"), "ociVersion: `1.2` is not a version"),
+        ("/annotations", json!({ "": "x" }), "annotations: a key is empty"),
         ("/process/args", json!([]), "process.args: there is no command"),
         ("/process/args", json!("sh"), "process.args: invalid type: string \"sh\", expected a sequence"),
         ("/process/args/0", json!("a\u{0}b"), "process.args[0]: it contains a NUL"),

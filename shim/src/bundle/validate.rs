@@ -21,6 +21,13 @@ const KERNEL_INTERFACES: [(&str, &str); 4] =
 
 /// Checks the description, and brings its mounts into one form.
 pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    if !is_version(spec.version()) {
+        let problem = format!("`{}` is not a version such as 1.2.0", spec.version());
+        return Err(field("ociVersion", problem));
+    }
+    if spec.annotations().as_ref().is_some_and(|annotations| annotations.contains_key("")) {
+        return Err(field("annotations", "a key is empty"));
+    }
     match spec.process() {
         Some(description) => process(description, CONFIG, "process.", warnings)?,
         None => return Err(field("process", "it is missing")),
@@ -39,6 +46,14 @@ pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -
         normalise(mount, index, bundle, warnings)?;
     }
     Ok(())
+}
+
+/// Whether this has the form of Semantic Versioning 2.0.0, as far as anything could depend on it.
+fn is_version(text: &str) -> bool {
+    let core = text.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Vec<_> = core.split('.').collect();
+    let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    numbers.len() == 3 && numbers.iter().all(is_number)
 }
 
 /// Checks the description of a process, whose fields are named with a prefix.
