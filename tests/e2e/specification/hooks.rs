@@ -159,14 +159,12 @@ fn a_hook_that_fails_when_the_container_starts() -> Result<()> {
     Ok(())
 }
 
+/// runc 1.1 calls no more hooks then.
 fn a_hook_that_fails_after_the_deletion() -> Result<()> {
     let bundle = bundle_with_hooks("poststop")?;
-    for runtime in RUNTIMES {
-        create(runtime, &bundle)?.expect_code(0)?;
-        take_log(&bundle)?;
-        run(runtime, &["delete", "--force", "story"])?.expect_code(0)?;
-        ensure_ran(&bundle, &["poststop", "poststop again"])?;
-        run(runtime, &["state", "story"])?.expect_failure(&["does not exist"])?;
-    }
-    Ok(())
+    create("rvm", &bundle)?.expect_code(0)?;
+    take_log(&bundle)?;
+    rvm(&["delete", "--force", "story"])?.expect_code(0)?;
+    ensure_ran(&bundle, &["poststop", "poststop again"])?;
+    rvm(&["state", "story"])?.expect_failure(&["does not exist"]).map(drop)
 }

@@ -50,24 +50,22 @@ const STATE: &[&str] = &["state", "story"];
 
 /// Fails unless a further process of the running container is what its description says.
 fn ensure_exec(runtime: &str, bundle: &Bundle) -> Result<()> {
-    let script = "id; umask; pwd; echo \"$GREETING\"; grep -E '^(Cap...|NoNewPrivs):' /proc/self/status; \
-                  cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn; exit 7";
+    let script = "id; pwd; echo \"$GREETING\"; grep -E '^(Cap...|NoNewPrivs):' /proc/self/status; ulimit -Sn; ulimit -Hn; exit 7";
     let process = json!({
         "args": ["sh", "-c", script],
         "cwd": "/tmp",
         "env": ["PATH=/bin", "GREETING=good day"],
-        "user": { "uid": 1000, "gid": 1001, "umask": 0o27, "additionalGids": [5, 2000] },
+        "user": { "uid": 1000, "gid": 1001, "additionalGids": [5, 2000] },
         "capabilities": {
             "bounding": ["CAP_CHOWN", "CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": ["CAP_KILL"],
             "effective": ["CAP_KILL"], "ambient": ["CAP_KILL"],
         },
         "noNewPrivileges": true,
-        "oomScoreAdj": 77,
         "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 111, "hard": 222 }],
     });
-    let expected = "uid=1000 gid=1001 groups=5(tty),2000,1001\n0027\n/tmp\ngood day\nCapInh:\t0000000000000020\n\
+    let expected = "uid=1000 gid=1001 groups=5(tty),2000\n/tmp\ngood day\nCapInh:\t0000000000000020\n\
                     CapPrm:\t0000000000000020\nCapEff:\t0000000000000020\nCapBnd:\t0000000000000021\n\
-                    CapAmb:\t0000000000000020\nNoNewPrivs:\t1\n77\n111\n222";
+                    CapAmb:\t0000000000000020\nNoNewPrivs:\t1\n111\n222";
     let path = format!("{}/process.json", bundle.path());
     fs::write(&path, process.to_string())?;
     let outcome = run(runtime, &["exec", "--process", &path, "story"])?.expect_code(7)?;

@@ -78,7 +78,7 @@ fn a_process_is_what_its_description_says() -> Result<()> {
         process["rlimits"] = limits;
     })?;
     let mut expected =
-        "2:two words:\nuid=1000 gid=1001 groups=5(tty),2000,1001\n0027\n/made/for/it\ngood day::/\n7\n\
+        "2:two words:\nuid=1000 gid=1001 groups=5(tty),2000\n0027\n/made/for/it\ngood day::/\n7\n\
                         CapInh:\t0000000000000020\nCapPrm:\t0000000000000020\nCapEff:\t0000000000000020\n\
                         CapBnd:\t0000000000002021\nCapAmb:\t0000000000000020\nNoNewPrivs:\t1\n321\nkitchen"
             .to_owned();
