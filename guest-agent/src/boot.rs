@@ -18,6 +18,7 @@ use nix::sys::resource::{self, Resource};
 use nix::sys::signal::{self, SigHandler, Signal};
 use nix::sys::stat::{self, Mode};
 use nix::unistd;
+use rvm_protocol::MOST_OPEN_FILES;
 
 use crate::agent::Agent;
 use crate::container::{Settings, cgroup};
@@ -30,9 +31,6 @@ use crate::process::launch::IS_CHILD;
 /// systemd gives to services, and so to those of an engine. The kernel's own is that of a much smaller machine.
 /// What a process starts with is another matter: see [`rlimits`](crate::process::rlimits).
 const OPEN_FILES: u64 = 524_288;
-
-/// Ceiling of the open files of a process (`fs.nr_open`): far above whatever a host grants, as systemd has it.
-const MOST_OPEN_FILES: &str = "1073741816";
 
 /// Serves the host until it closes the control connection, then ends the guest.
 pub fn run() -> libc::c_int {
@@ -134,7 +132,8 @@ fn protect_agent() -> Result<()> {
     // SAFETY: ignoring a signal runs no code of this process.
     unsafe { signal::signal(Signal::SIGPIPE, SigHandler::SigIgn) }.context(|| "ignoring SIGPIPE")?;
     // Limits that the host has granted shall not meet a lower ceiling here.
-    fs::write("/proc/sys/fs/nr_open", MOST_OPEN_FILES).context(|| "raising the ceiling of open files")?;
+    fs::write("/proc/sys/fs/nr_open", MOST_OPEN_FILES.to_string())
+        .context(|| "raising the ceiling of open files")?;
     resource::setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .and_then(|()| {
             let unlimited = libc::RLIM_INFINITY;

@@ -39,3 +39,6 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// Tag of the virtio-fs device that serves the container's root filesystem.
 pub const ROOTFS_TAG: &str = "rootfs";
+
+/// Ceiling of the open files of a process (`fs.nr_open`) in the guest: far above whatever a host grants, as systemd has it.
+pub const MOST_OPEN_FILES: u64 = 1_073_741_816;

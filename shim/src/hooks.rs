@@ -35,9 +35,9 @@ pub enum HookKind {
 }
 
 impl HookKind {
-    /// Whether the rest goes on when one of these hooks fails.
+    /// Whether the failure of one of these hooks ends the container, so that no more of them are called.
     fn failure_is_final(self) -> bool {
-        !matches!(self, HookKind::Poststart | HookKind::Poststop)
+        self != HookKind::Poststop
     }
 }
 
@@ -105,8 +105,8 @@ pub enum HookError {
 
 /// Runs hooks in order, each with the container's state on its standard input.
 ///
-/// The first failure ends the row, except after start and delete: there the others run too, and the first failure
-/// is returned for a warning.
+/// The first failure ends the row, except after the deletion: there the others run too, and the first failure is
+/// returned for a warning.
 pub fn run(kind: HookKind, hooks: &[Hook], state_json: &str) -> Result<(), HookError> {
     let mut first_failure = Ok(());
     for hook in hooks {
@@ -328,9 +328,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("ran");
         let hooks = [shell("echo no bridge >&2; exit 3"), shell(&format!("touch {}", file.display()))];
-        let error = run(HookKind::CreateRuntime, &hooks, "{}").unwrap_err().to_string();
-        assert_eq!(error, "createRuntime hook /bin/sh failed with exit code 3: no bridge");
-        assert!(!file.exists());
+        for kind in [HookKind::CreateRuntime, HookKind::Poststart] {
+            let error = run(kind, &hooks, "{}").unwrap_err().to_string();
+            assert_eq!(error, format!("{kind} hook /bin/sh failed with exit code 3: no bridge"));
+            assert!(!file.exists());
+        }
         let error = run(HookKind::Poststop, &hooks, "{}").unwrap_err().to_string();
         assert!(error.starts_with("poststop hook"), "{error}");
         assert!(file.exists(), "after delete the others run all the same");

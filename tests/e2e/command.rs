@@ -231,5 +231,7 @@ pub fn empty_engines() {
 
 /// Removes what a failed story left, so that the next one starts from nothing.
 pub fn remove_remains() {
-    let _ = shell("rvm list --quiet | xargs -r -n 1 rvm delete --force; pkill -KILL -f '^rvm: '");
+    let _ = shell(
+        "for r in rvm runc; do $r list --quiet | xargs -r -n 1 $r delete --force; done; pkill -KILL -f '^rvm: '",
+    );
 }

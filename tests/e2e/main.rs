@@ -47,6 +47,10 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("streams", streams::STORIES),
     ("network", network::STORIES),
     ("specification", specification::STORIES),
+    ("specification", specification::hooks::STORIES),
+    ("specification", specification::operations::STORIES),
+    ("specification", specification::process::STORIES),
+    ("specification", specification::files::STORIES),
     ("daemons", daemons::STORIES),
     ("systemd", systemd::STORIES),
 ];

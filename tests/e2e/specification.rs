@@ -1,11 +1,16 @@
 //! What the OCI specification and other runtimes promise, and no engine asks for every day.
 
-use anyhow::{Result, ensure};
+pub mod files;
+pub mod hooks;
+pub mod operations;
+pub mod process;
+
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{rvm, shell, spawn};
+use crate::command::{Outcome, run, rvm, shell, spawn};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("hooks_write_to_a_root_that_will_be_read_only", hooks_write_to_a_root_that_will_be_read_only),
@@ -18,6 +23,49 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_node_of_no_device_is_a_node", a_node_of_no_device_is_a_node),
     ("an_unknown_capability_is_told_of", an_unknown_capability_is_told_of),
 ];
+
+/// Whoever knows nothing of virtual machines is the measure.
+const RUNTIMES: [&str; 2] = ["runc", "rvm"];
+
+/// Creates the container `story`. It keeps the streams that it is given, so these are a file.
+fn create(runtime: &str, bundle: &Bundle) -> Result<Outcome> {
+    let said = format!("{}/said", bundle.path());
+    shell(&format!(
+        "{runtime} create --bundle {} story </dev/null >{said} 2>&1; code=$?; cat {said} >&2; exit $code",
+        bundle.path()
+    ))
+}
+
+/// The state of the container `story`.
+fn state(runtime: &str) -> Result<Value> {
+    let text = run(runtime, &["state", "story"])?.expect_code(0)?.text();
+    serde_json::from_str(&text).with_context(|| format!("{runtime} printed {text}"))
+}
+
+/// Fails unless the bundle's container prints this text, with either runtime.
+fn both_print(bundle: &Bundle, text: &str) -> Result<()> {
+    RUNTIMES
+        .iter()
+        .try_for_each(|runtime| run(runtime, &["run", "--bundle", bundle.path(), "story"])?.expect_text(text))
+}
+
+/// What the bundle's container prints with either runtime; fails unless it is the same.
+fn same_text(bundle: &Bundle) -> Result<String> {
+    let printed = |runtime| run(runtime, &["run", "--bundle", bundle.path(), "story"])?.expect_code(0);
+    let (theirs, ours) = (printed("runc")?.text(), printed("rvm")?.text());
+    ensure!(ours == theirs, "under runc:\n{theirs}\nunder rvm:\n{ours}");
+    Ok(ours)
+}
+
+fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {
+    json!({ "destination": destination, "type": kind, "source": source, "options": options })
+}
+
+fn add_mounts(config: &mut Value, added: impl IntoIterator<Item = Value>) {
+    if let Some(mounts) = config["mounts"].as_array_mut() {
+        mounts.extend(added);
+    }
+}
 
 fn hooks_write_to_a_root_that_will_be_read_only() -> Result<()> {
     let bundle = Bundle::new(&["sh", "-c", "cat /made; echo x 2>/dev/null > /made || echo read-only"])?;
@@ -35,11 +83,8 @@ fn mounts_below_a_volume_come_with_it() -> Result<()> {
                 echo x 2>/dev/null > /data/file || echo read-only; echo y > /data/nested/file && cat /data/nested/file";
     let bundle = Bundle::new(&["sh", "-c", line])?;
     let volume = format!("{}/volume", bundle.path());
-    let bundle = bundle.edit(|config| {
-        let mount =
-            json!({ "destination": "/data", "type": "bind", "source": volume, "options": ["rbind", "ro"] });
-        config["mounts"].as_array_mut().into_iter().for_each(|mounts| mounts.push(mount.clone()));
-    })?;
+    let bundle =
+        bundle.edit(|config| add_mounts(config, [mount("/data", "bind", &volume, &["rbind", "ro"])]))?;
     shell(&format!("mkdir -p {volume}/nested && mount -t tmpfs x {volume}/nested"))?.expect_code(0)?;
     let outcome = rvm(&["run", "--bundle", bundle.path(), "story"]);
     shell(&format!("umount {volume}/nested"))?.expect_code(0)?;

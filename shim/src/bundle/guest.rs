@@ -68,6 +68,7 @@ fn process(process: &mut Process) {
 fn linux(linux: &mut Linux) {
     linux.set_seccomp(None).set_cgroups_path(None).set_mount_label(None);
     linux.set_intel_rdt(None).set_memory_policy(None).set_net_devices(None);
+    linux.set_rootfs_propagation(linux.rootfs_propagation().clone().filter(|name| !name.is_empty()));
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
         namespace.set_path(None);
     }

@@ -4,6 +4,7 @@
 //! What is senseless, unknown, or impossible in a virtual machine is refused in one sentence that names the field;
 //! what merely has no effect there becomes a warning.
 
+mod capabilities;
 mod disks;
 mod error;
 mod guest;
@@ -105,7 +106,7 @@ impl Bundle {
 /// Reads and checks the description of a further process of a container (`exec --process`).
 pub fn load_process(path: &Path, warnings: &mut Vec<String>) -> Result<Process, BundleError> {
     let process = parse::read(path, PROCESS, "/capabilities", warnings)?;
-    validate::process(&process, PROCESS, "")?;
+    validate::process(&process, PROCESS, "", warnings)?;
     Ok(process)
 }
 

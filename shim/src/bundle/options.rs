@@ -155,6 +155,11 @@ fn propagation(option: &str) -> Option<Propagation> {
     Some(Propagation { kind, recursive })
 }
 
+/// Whether this names a kind of propagation.
+pub fn is_propagation(name: &str) -> bool {
+    propagation(name).is_some()
+}
+
 /// Whether an option carries a label of a security module, which no guest of ours has.
 pub fn is_label(option: &str) -> bool {
     ["context=", "fscontext=", "defcontext=", "rootcontext="].iter().any(|key| option.starts_with(key))

@@ -5,6 +5,7 @@
 
 use nix::sys::resource::{Resource, getrlimit};
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process};
+use rvm_protocol::MOST_OPEN_FILES;
 
 const KINDS: [(PosixRlimitType, Resource); 16] = [
     (PosixRlimitType::RlimitCpu, Resource::RLIMIT_CPU),
@@ -38,7 +39,10 @@ pub fn inherit_limits(process: &mut Process) {
 
 /// A limit of the calling process. The kernel knows all of them.
 fn own(kind: PosixRlimitType, resource: Resource) -> Option<PosixRlimit> {
-    let (soft, hard) = getrlimit(resource).ok()?;
+    let (mut soft, mut hard) = getrlimit(resource).ok()?;
+    if kind == PosixRlimitType::RlimitNofile {
+        (soft, hard) = (soft.min(MOST_OPEN_FILES), hard.min(MOST_OPEN_FILES));
+    }
     PosixRlimitBuilder::default().typ(kind).soft(soft).hard(hard).build().ok()
 }
 

@@ -17,7 +17,9 @@ fn config() -> Value {
             "args": ["sh"],
             "env": ["PATH=/bin", "HOSTNAME=b0c4"],
             "cwd": "/",
-            "capabilities": { "bounding": ["CAP_CHOWN", "CAP_KILL"], "effective": ["CAP_CHOWN"] },
+            "capabilities": {
+                "bounding": ["CAP_CHOWN", "CAP_KILL"], "permitted": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"]
+            },
             "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 4096, "soft": 1024 }],
             "apparmorProfile": "docker-default",
             "oomScoreAdj": 0
@@ -117,6 +119,9 @@ fn every_broken_field_is_named_in_one_line() {
         |options: Value| json!({ "destination": "/x", "source": "/tmp", "type": "bind", "options": options });
     let cases = [
         ("/process", Value::Null, "process: it is missing"),
+        ("/ociVersion", json!("invalid"), "ociVersion: `invalid` is not a version"),
+        ("/ociVersion", json!("1.2"), "ociVersion: `1.2` is not a version"),
+        ("/annotations", json!({ "": "x" }), "annotations: a key is empty"),
         ("/process/args", json!([]), "process.args: there is no command"),
         ("/process/args", json!("sh"), "process.args: invalid type: string \"sh\", expected a sequence"),
         ("/process/args/0", json!("a\u{0}b"), "process.args[0]: it contains a NUL"),
@@ -138,6 +143,16 @@ fn every_broken_field_is_named_in_one_line() {
             "/process/rlimits/-",
             config()["process"]["rlimits"][0].clone(),
             "process.rlimits[1]: RLIMIT_NOFILE is there",
+        ),
+        (
+            "/process/rlimits/0/hard",
+            json!(u64::MAX),
+            "process.rlimits[0].hard: 18446744073709551615 open files",
+        ),
+        (
+            "/process/capabilities/inheritable",
+            json!(["CAP_FOWNER"]),
+            "process.capabilities.inheritable: CAP_FOWNER is not in the bounding set",
         ),
         ("/root", Value::Null, "root: it is missing"),
         ("/root/path", json!("no-such-place"), "root.path: cannot use"),
@@ -193,6 +208,11 @@ fn every_broken_field_is_named_in_one_line() {
             json!("SCMP_ACT_HUG"),
             "linux.seccomp.defaultAction: `SCMP_ACT_HUG` is not",
         ),
+        (
+            "/linux/rootfsPropagation",
+            json!("sideways"),
+            "linux.rootfsPropagation: `sideways` is no kind of propagation",
+        ),
         ("/linux/resources/memory/limit", json!("1g"), "linux.resources.memory.limit: invalid type: string"),
     ];
     for (pointer, value, expected) in cases {
@@ -208,6 +228,12 @@ fn a_capability_that_nobody_knows_is_told_of_and_not_given() {
     assert_eq!(guest(&bundle)["process"]["capabilities"]["bounding"], json!(["CAP_CHOWN"]));
     assert!(bundle.warnings.iter().any(|warning| warning.contains("unavailable capabilities: [CAP_FLY]")));
     assert!(refusal(&with("/process/capabilities/bounding/1", json!(7))).contains("bounding[1]"));
+}
+
+#[test]
+fn the_propagation_of_the_root_may_be_left_empty() {
+    let bundle = load(&with("/linux/rootfsPropagation", json!(""))).unwrap();
+    assert_eq!(guest(&bundle).pointer("/linux/rootfsPropagation"), None);
 }
 
 #[test]

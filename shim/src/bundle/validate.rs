@@ -3,11 +3,14 @@
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec};
+use rvm_protocol::MOST_OPEN_FILES;
 
 use super::error::BundleError;
-use super::options::{MountOptions, is_label, known_to_any_file_system, known_to_file_system};
-use super::{CONFIG, field, impossible};
+use super::options::{
+    MountOptions, is_label, is_propagation, known_to_any_file_system, known_to_file_system,
+};
+use super::{CONFIG, capabilities, field, impossible};
 
 /// File systems that the guest's own kernel provides.
 const GUEST_FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -18,12 +21,22 @@ const KERNEL_INTERFACES: [(&str, &str); 4] =
 
 /// Checks the description, and brings its mounts into one form.
 pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -> Result<(), BundleError> {
+    if !is_version(spec.version()) {
+        let problem = format!("`{}` is not a version such as 1.2.0", spec.version());
+        return Err(field("ociVersion", problem));
+    }
+    if spec.annotations().as_ref().is_some_and(|annotations| annotations.contains_key("")) {
+        return Err(field("annotations", "a key is empty"));
+    }
     match spec.process() {
-        Some(description) => process(description, CONFIG, "process.")?,
+        Some(description) => process(description, CONFIG, "process.", warnings)?,
         None => return Err(field("process", "it is missing")),
     }
-    if spec.linux().is_none() {
-        return Err(field("linux", "it is missing"));
+    let Some(linux) = spec.linux() else { return Err(field("linux", "it is missing")) };
+    if let Some(name) =
+        linux.rootfs_propagation().as_deref().filter(|name| !name.is_empty() && !is_propagation(name))
+    {
+        return Err(field("linux.rootfsPropagation", format!("`{name}` is no kind of propagation")));
     }
     namespaces(spec)?;
     if let Some(hooks) = spec.hooks() {
@@ -35,8 +48,21 @@ pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -
     Ok(())
 }
 
+/// Whether this has the form of Semantic Versioning 2.0.0, as far as anything could depend on it.
+fn is_version(text: &str) -> bool {
+    let core = text.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Vec<_> = core.split('.').collect();
+    let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    numbers.len() == 3 && numbers.iter().all(is_number)
+}
+
 /// Checks the description of a process, whose fields are named with a prefix.
-pub(super) fn process(process: &Process, file: &'static str, prefix: &str) -> Result<(), BundleError> {
+pub(super) fn process(
+    process: &Process,
+    file: &'static str,
+    prefix: &str,
+    warnings: &mut Vec<String>,
+) -> Result<(), BundleError> {
     let wrong = |field: &str, problem: String| {
         Err(BundleError::Field { file, field: format!("{prefix}{field}"), problem })
     };
@@ -66,11 +92,20 @@ pub(super) fn process(process: &Process, file: &'static str, prefix: &str) -> Re
                 format!("the soft limit of {name} is above the hard one"),
             );
         }
+        if limit.typ() == PosixRlimitType::RlimitNofile && limit.hard() > MOST_OPEN_FILES {
+            return wrong(
+                &format!("rlimits[{index}].hard"),
+                format!(
+                    "{} open files are more than the {MOST_OPEN_FILES} that a process can have",
+                    limit.hard()
+                ),
+            );
+        }
         if !seen.insert(name.clone()) {
             return wrong(&format!("rlimits[{index}]"), format!("{name} is there twice"));
         }
     }
-    Ok(())
+    process.capabilities().as_ref().map_or(Ok(()), |sets| capabilities::check(sets, file, prefix, warnings))
 }
 
 fn namespaces(spec: &Spec) -> Result<(), BundleError> {

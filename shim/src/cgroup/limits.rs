@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
-use crate::container::shape::host_memory;
+use crate::container::shape::{ProcessorTime, host_memory};
 
 /// A control to write to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,6 +158,13 @@ fn cpu_version1(cpu: &LinuxCpu, settings: &mut Settings) {
     if let Some(burst) = cpu.burst() {
         settings.add("cpu", "cpu.cfs_burst_us", burst);
     }
+}
+
+/// What `cpu.max` says, or the two controls of version 1 in its order.
+pub(super) fn processor_time(text: &str) -> Option<ProcessorTime> {
+    let (quota, period) = text.trim().split_once(' ')?;
+    // No limit is `max` in the one version, and -1 in the other.
+    Some(ProcessorTime { quota: quota.parse().ok(), period: period.parse().ok()? })
 }
 
 fn cpu_version2(cpu: &LinuxCpu, current: Option<&str>, settings: &mut Settings) {

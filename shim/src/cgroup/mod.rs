@@ -26,6 +26,7 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::cause::Cause;
+use crate::container::shape::ProcessorTime;
 use layout::Layout;
 use limits::{ControlFile, Setting};
 use systemd::Scope;
@@ -221,6 +222,16 @@ impl HostCgroup {
                 limits::version2(resources, current.and_then(|path| fs::read_to_string(path).ok()).as_deref())
             }
         }
+    }
+
+    /// The processor time that is allowed.
+    pub fn processor_time(&self) -> Option<ProcessorTime> {
+        let folder = &self.with_controller("cpu")?.path;
+        let read = |name| fs::read_to_string(folder.join(name)).ok();
+        limits::processor_time(&match self.version {
+            Version::V1 => format!("{} {}", read("cpu.cfs_quota_us")?.trim(), read("cpu.cfs_period_us")?),
+            Version::V2 => read("cpu.max")?,
+        })
     }
 
     /// The controls that an update with these limits would change, as they stand.

@@ -5,7 +5,7 @@ use std::process::{Child, Command};
 use oci_spec::runtime::Spec;
 use serde_json::json;
 
-use super::limits::{version1, version2};
+use super::limits::{processor_time, version1, version2};
 use super::*;
 use crate::container::shape::{HostSize, Shape, host_memory};
 use crate::mountinfo::MountEntry;
@@ -115,6 +115,15 @@ fn half_of_a_quota_keeps_the_other_half() {
     let period = resources(json!({ "cpu": { "period": 10_000 } }));
     assert_eq!(written(&version2(&period, Some("20000 50000\n"))), ["cpu.max=20000 10000"]);
     assert_eq!(written(&version2(&quota, None)), ["cpu.max=20000 100000"]);
+}
+
+#[test]
+fn the_processor_time_in_force_is_read() {
+    let time = |quota, period| Some(ProcessorTime { quota, period });
+    assert_eq!(processor_time("20000 50000\n"), time(Some(20_000), 50_000));
+    assert_eq!(processor_time("max 100000\n"), time(None, 100_000));
+    assert_eq!(processor_time("-1 100000\n"), time(None, 100_000));
+    assert_eq!(processor_time("max"), None);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use oci_spec::runtime::LinuxResources;
 use super::Context;
 use super::lifecycle::order;
 use crate::bundle::resources;
+use crate::cgroup::HostCgroup;
 use crate::container::{Container, ContainerError, Status};
 use crate::control::Command;
 use crate::error::Error;
@@ -73,7 +74,10 @@ pub(super) fn update(context: &Context, arguments: &UpdateArguments) -> Result<(
         Status::Created | Status::Running => {}
     }
     if let Some(shape) = &container.record.shape {
-        shape.can_give(&limits).map_err(|error| Error::Usage(error.to_string()))?;
+        let in_force = container.record.cgroup.as_ref().and_then(HostCgroup::processor_time);
+        shape
+            .can_give(&limits, in_force.unwrap_or_default())
+            .map_err(|error| Error::Usage(error.to_string()))?;
     }
     let mut warnings = Vec::new();
     resources::check(&limits, "linux.resources", &mut warnings)?;

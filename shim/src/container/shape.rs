@@ -1,7 +1,7 @@
 //! How large the virtual machine is: vCPUs and memory from the spec's limits and the host's size; and what the host
 //! has to allow it.
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 const MIB: u64 = 1 << 20;
@@ -83,13 +83,15 @@ impl Shape {
     /// The shape for a spec on a host.
     pub fn of(spec: &Spec, host: HostSize) -> Shape {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let quota = resources.and_then(quota);
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let time = cpu.and_then(|cpu| ProcessorTime::default().changed(cpu));
         let limit = resources.and_then(memory_limit);
-        Shape { vcpus: vcpus(quota, host), memory: memory(limit, host), memory_limit: limit }
+        Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
     }
 
-    /// Whether the machine, once made, can give its workload these limits.
-    pub fn can_give(&self, resources: &LinuxResources) -> Result<(), TooLarge> {
+    /// Whether the machine, once made, can give its workload these limits. Of the processor's time that is `in_force`,
+    /// what they leave out stays.
+    pub fn can_give(&self, resources: &LinuxResources, in_force: ProcessorTime) -> Result<(), TooLarge> {
         if let Some(wanted) = memory_limit(resources)
             && machine_memory(wanted) > self.memory
             // On a small host even the first limit may have been above what there is.
@@ -101,12 +103,45 @@ impl Shape {
                 most: workload_memory(self.memory),
             });
         }
-        match quota(resources) {
-            Some((quota, period)) if period > 0 && quota.div_ceil(period) > u64::from(self.vcpus) => {
-                Err(TooLarge::Processors { wanted: quota.div_ceil(period), vcpus: self.vcpus })
+        let cpu = resources.cpu().as_ref();
+        match cpu.and_then(|cpu| in_force.changed(cpu)).and_then(ProcessorTime::processors) {
+            Some(wanted) if wanted > u64::from(self.vcpus) => {
+                Err(TooLarge::Processors { wanted, vcpus: self.vcpus })
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Processor time, if it is limited, and the period in which it may be used, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessorTime {
+    /// The time.
+    pub quota: Option<u64>,
+    /// The period.
+    pub period: u64,
+}
+
+impl Default for ProcessorTime {
+    fn default() -> Self {
+        Self { quota: None, period: 100_000 }
+    }
+}
+
+impl ProcessorTime {
+    /// With what is given, where something is. Zero is nothing; below zero there is no limit.
+    fn changed(self, cpu: &LinuxCpu) -> Option<Self> {
+        let quota = cpu.quota().filter(|quota| *quota != 0);
+        let period = cpu.period().filter(|period| *period != 0);
+        (quota.is_some() || period.is_some()).then(|| Self {
+            quota: quota.map_or(self.quota, |quota| u64::try_from(quota).ok()),
+            period: period.unwrap_or(self.period),
+        })
+    }
+
+    /// How many processors it takes to use it all.
+    fn processors(self) -> Option<u64> {
+        (self.period > 0).then_some(self.quota?.div_ceil(self.period))
     }
 }
 
@@ -115,12 +150,6 @@ pub fn memory_limit(resources: &LinuxResources) -> Option<u64> {
     let limit = u64::try_from(resources.memory().as_ref()?.limit()?).ok()?;
     // Engines write the largest number for "no limit".
     Some(limit).filter(|limit| (1..1 << 60).contains(limit))
-}
-
-/// Processor time and the period in which it may be used, in microseconds.
-fn quota(resources: &LinuxResources) -> Option<(u64, u64)> {
-    let cpu = resources.cpu().as_ref()?;
-    Some((u64::try_from(cpu.quota()?).ok()?, cpu.period().unwrap_or(100_000)))
 }
 
 /// The memory of a machine whose workload may use `limit` bytes.
@@ -142,11 +171,8 @@ pub fn host_memory(limit: u64) -> u64 {
 
 /// A quota of 1.5 processors is 2 vCPUs, whose time the host's cgroup limits to 1.5. Whoever asks for more than the
 /// host has gets them: they take turns.
-fn vcpus(quota: Option<(u64, u64)>, host: HostSize) -> u8 {
-    let wanted = match quota {
-        Some((quota, period)) if quota > 0 && period > 0 => quota.div_ceil(period),
-        _ => DEFAULT_VCPUS.min(host.processors),
-    };
+fn vcpus(time: Option<ProcessorTime>, host: HostSize) -> u8 {
+    let wanted = time.and_then(ProcessorTime::processors).unwrap_or(DEFAULT_VCPUS.min(host.processors));
     wanted.clamp(1, MOST_VCPUS) as u8
 }
 
@@ -216,7 +242,7 @@ mod tests {
         assert_eq!(count(r#"{"quota":150000,"period":100000}"#), 2);
         assert_eq!(count(r#"{"quota":20000}"#), 1);
         assert_eq!(count(r#"{"quota":-1,"period":100000}"#), 4);
-        assert_eq!(count(r#"{"quota":100000,"period":0}"#), 4);
+        assert_eq!(count(r#"{"quota":100000,"period":0}"#), 1, "a period of zero is none");
         assert_eq!(count(r#"{"quota":1200000}"#), 12, "more than the host has");
         assert_eq!(u64::from(count(r#"{"quota":640000000}"#)), MOST_VCPUS);
     }
@@ -224,7 +250,8 @@ mod tests {
     #[test]
     fn an_update_is_given_what_the_machine_has_and_no_more() {
         let shape = Shape::of(&spec(r#"{"memory":{"limit":536870912},"cpu":{"quota":150000}}"#), HOST);
-        let can_give = |json: &str| shape.can_give(&serde_json::from_str(json).unwrap());
+        let can_give =
+            |json: &str| shape.can_give(&serde_json::from_str(json).unwrap(), ProcessorTime::default());
         assert_eq!(can_give(r#"{"memory":{"limit":536870912},"cpu":{"quota":200000}}"#), Ok(()));
         assert_eq!(can_give(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#), Ok(()));
         let Err(TooLarge::Memory { most, .. }) = can_give(r#"{"memory":{"limit":1073741824}}"#) else {
@@ -240,11 +267,27 @@ mod tests {
     }
 
     #[test]
+    fn half_of_a_processor_time_is_measured_with_the_half_in_force() {
+        let shape = Shape::of(&spec(r#"{"cpu":{"quota":500000,"period":1000000}}"#), HOST);
+        let in_force = ProcessorTime { quota: Some(500_000), period: 1_000_000 };
+        let can_give = |json: &str| shape.can_give(&serde_json::from_str(json).unwrap(), in_force);
+        assert_eq!(can_give(r#"{"cpu":{"quota":900000}}"#), Ok(()));
+        assert_eq!(can_give(r#"{"cpu":{"period":500000}}"#), Ok(()));
+        assert_eq!(can_give(r#"{"cpu":{"quota":-1,"shares":5}}"#), Ok(()));
+        let more = Err(TooLarge::Processors { wanted: 5, vcpus: 1 });
+        assert_eq!(can_give(r#"{"cpu":{"period":100000}}"#), more);
+        assert_eq!(can_give(r#"{"cpu":{"quota":5000000}}"#), more);
+    }
+
+    #[test]
     fn the_first_limit_can_be_set_again_on_a_host_that_has_less() {
         let host = HostSize { processors: 1, memory: 1 << 30 };
         let shape = Shape::of(&spec(r#"{"memory":{"limit":4294967296}}"#), host);
         assert_eq!(
-            shape.can_give(&serde_json::from_str(r#"{"memory":{"limit":4294967296}}"#).unwrap()),
+            shape.can_give(
+                &serde_json::from_str(r#"{"memory":{"limit":4294967296}}"#).unwrap(),
+                ProcessorTime::default()
+            ),
             Ok(())
         );
     }

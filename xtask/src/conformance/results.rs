@@ -137,6 +137,12 @@ pub fn has(outcomes: &Outcomes, name: &str) -> bool {
     outcomes.iter().any(|(known, _)| known == name)
 }
 
+/// Names of the cases among those `known` that `outcomes` tells nothing of. The end of a program is none.
+pub fn missing(known: &Outcomes, outcomes: &Outcomes) -> Vec<String> {
+    let names = known.iter().map(|(name, _)| name);
+    names.filter(|name| *name != END && !has(outcomes, name)).cloned().collect()
+}
+
 /// What comes of it all.
 pub struct Comparison {
     /// What makes the run fail, a line each.
@@ -214,6 +220,12 @@ mod tests {
         let seen: Vec<_> = cases.iter().map(|case| (case.name.as_str(), case.runc, case.rvm)).collect();
         assert_eq!(seen, [("a", Passed, Missing), ("b", Missing, Failed)]);
         assert_eq!(cases.iter().map(Case::is_behind).collect::<Vec<_>>(), [true, false]);
+    }
+
+    #[test]
+    fn that_a_program_hung_is_no_case_to_run_by_itself() {
+        let known = named(&[("a", Passed), ("b", Failed), (END, Missing)]);
+        assert_eq!(missing(&known, &named(&[("b", Passed)])), ["a"]);
     }
 
     #[test]

@@ -194,8 +194,8 @@ impl Bench {
         if results::has_timed_out(outcomes) {
             return Ok(());
         }
-        let missing: Vec<_> = known.iter().filter(|(name, _)| !results::has(outcomes, name)).collect();
-        for (name, _) in missing.into_iter().filter(|_| suite.single_cases) {
+        let missing = results::missing(known, outcomes);
+        for name in missing.iter().filter(|_| suite.single_cases) {
             let single = self.run(suite, &part.single(name), runtime)?;
             let outcome = single.iter().find(|(found, _)| found == name).map(|(_, outcome)| *outcome);
             results::add(outcomes, name, outcome.unwrap_or(Outcome::Failed));
