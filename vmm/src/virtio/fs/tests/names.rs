@@ -378,7 +378,7 @@ fn a_mount_that_is_read_only_is_not_changed() {
         (opcode::UNLINK, volume, vec![&b"file\0"[..]]),
         (opcode::RENAME, volume, vec![rename.as_slice(), b"file\0moved\0"]),
         (opcode::SYMLINK, volume, vec![b"link\0", b"target\0"]),
-        (opcode::SETXATTR, file, vec![&[1, 0, 0, 0, 0, 0, 0, 0], b"user.key\0v"]),
+        (opcode::SETXATTR, file, vec![&[1, 0, 0, 0, 0, 0, 0, 0], &[0; 8], b"user.key\0v"]),
         (opcode::LINK, volume, vec![&file.to_ne_bytes()[..], b"linked\0"]),
     ] {
         assert_eq!(driver.call(opcode, node, &arguments), Err(Errno::EROFS), "{opcode}");
