@@ -31,25 +31,25 @@ pub const STORIES: &[(&str, Story)] = &[
 ];
 
 /// Docker with one of the runtimes.
-struct Docker {
-    runtime: &'static str,
+pub struct Docker {
+    pub runtime: &'static str,
 }
 
 impl Docker {
     /// Runs a container to its end.
-    fn run(&self, arguments: &[&str]) -> Result<Outcome> {
+    pub fn run(&self, arguments: &[&str]) -> Result<Outcome> {
         docker(&[&["run", "--rm", "--runtime", self.runtime], arguments].concat())
     }
 
     /// Starts a container in the background and returns its ID.
-    fn start(&self, arguments: &[&str]) -> Result<String> {
+    pub fn start(&self, arguments: &[&str]) -> Result<String> {
         let words = [&["run", "-d", "--runtime", self.runtime], arguments].concat();
         Ok(docker(&words)?.expect_code(0)?.text())
     }
 }
 
 /// Fails unless a habit shows the same under both runtimes.
-fn same(habit: impl Fn(&Docker) -> Result<String>) -> Result<()> {
+pub fn same(habit: impl Fn(&Docker) -> Result<String>) -> Result<()> {
     let shown = |runtime| habit(&Docker { runtime }).with_context(|| format!("under {runtime}"));
     let (theirs, ours) = (shown("runc")?, shown("rvm")?);
     let differences: Vec<_> = differences(&theirs, &ours);
@@ -67,7 +67,7 @@ fn differences(theirs: &str, ours: &str) -> Vec<String> {
 }
 
 /// Both streams and the exit code, as one text.
-fn told(outcome: &Outcome) -> String {
+pub fn told(outcome: &Outcome) -> String {
     format!("{}\n{}exit code {}", outcome.text(), outcome.error_text(), outcome.code)
 }
 

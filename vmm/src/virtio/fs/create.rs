@@ -60,7 +60,8 @@ impl FileServer {
         // By this path the link is followed to the inode and no further, symbolic link or not.
         let path = descriptor_path(&node.file);
         linkat(&self.descriptors, path.as_c_str(), &parent.file, name, AtFlags::AT_SYMLINK_FOLLOW)?;
-        // What has a new name is in the upper layer now, if there are any, and will not part again.
+        // What has a new name is in the upper layer now, if there are any, and will not part again. The change that a
+        // symbolic link has had by this makes it no other one.
         self.follow(&node.inode);
         self.unsynced.add(&parent);
         self.find(&parent, name)

@@ -31,6 +31,8 @@ mod directory;
 mod extended;
 mod files;
 mod handles;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod hostile;
 mod identity;
 mod inodes;
 mod message;

@@ -247,6 +247,16 @@ fn names_are_linked_moved_and_removed() {
 }
 
 #[test]
+fn a_symbolic_link_with_another_name_stays_the_same() {
+    let mut driver = Driver::new();
+    let link: EntryOut = driver.object(opcode::SYMLINK, ROOT, &[b"s\0", b"target\0"]).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let linked: EntryOut = driver.object(opcode::LINK, ROOT, &[&link.nodeid.to_ne_bytes(), b"t\0"]).unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (link.nodeid, 2));
+    assert_eq!(driver.lookup(ROOT, c"s").unwrap().nodeid, link.nodeid);
+}
+
+#[test]
 fn names_that_lead_elsewhere_are_refused_everywhere() {
     let mut driver = Driver::new();
     fs::write(driver.host("file"), "").unwrap();
