@@ -24,6 +24,7 @@ mod specification;
 mod streams;
 mod systemd;
 mod terminal;
+mod volumes;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ type Story = fn() -> anyhow::Result<()>;
 /// The longest come first, for whoever shares them out among several hosts.
 const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("beside_runc", beside_runc::STORIES),
+    ("volumes", volumes::STORIES),
     ("options", options::STORIES),
     ("accidents", accidents::STORIES),
     ("programs", programs::STORIES),

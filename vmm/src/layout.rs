@@ -34,10 +34,14 @@ pub(crate) const GAP_START: GuestAddress = GuestAddress(0xc000_0000);
 /// ... up to here.
 pub(crate) const GAP_END: GuestAddress = GuestAddress(0x1_0000_0000);
 
-/// The registers of slot 0.
+/// The pages of slot 0.
 const SLOTS: GuestAddress = GuestAddress(0xd000_0000);
-/// Size of a slot's registers.
+/// Size of a slot's registers and of the configuration space behind them.
 pub(crate) const SLOT_SIZE: u64 = 0x1000;
+/// Where a slot's registers begin on its first page, which they fill up: the configuration space lies on the second.
+pub(crate) const REGISTERS_OFFSET: u64 = 0xf00;
+/// From one slot to the next.
+const SLOT_STRIDE: u64 = 0x2000;
 /// The most virtio-mmio slots that a machine can have.
 pub const MAX_SLOTS: u8 = 16;
 
@@ -59,15 +63,20 @@ const FIRST_SLOT_GSI: u32 = 5;
 /// The interrupt of the real-time clock: kernels that have a driver claim it, even without such a clock.
 const CLOCK_GSI: u32 = 8;
 
+/// The page that ends with a slot's registers.
+pub(crate) fn slot_page(slot: u8) -> GuestAddress {
+    GuestAddress(SLOTS.0 + u64::from(slot) * SLOT_STRIDE)
+}
+
 /// Where a slot's registers are.
 pub(crate) fn slot_address(slot: u8) -> GuestAddress {
-    GuestAddress(SLOTS.0 + u64::from(slot) * SLOT_SIZE)
+    GuestAddress(slot_page(slot).0 + REGISTERS_OFFSET)
 }
 
 /// The slot that an address belongs to, and the offset in it.
 pub(crate) fn slot_at(address: u64) -> Option<(usize, u64)> {
-    let offset = address.checked_sub(SLOTS.0)?;
-    Some((usize::try_from(offset / SLOT_SIZE).ok()?, offset % SLOT_SIZE))
+    let offset = address.checked_sub(slot_address(0).0)?;
+    Some((usize::try_from(offset / SLOT_STRIDE).ok()?, offset % SLOT_STRIDE))
 }
 
 /// The interrupt of a slot: one of the IOAPIC's 24 pins, and no other slot's.
@@ -92,7 +101,8 @@ mod tests {
 
     #[test]
     fn an_address_leads_to_its_slot() {
-        assert_eq!(slot_at(0xd000_0000), Some((0, 0)));
+        assert_eq!(slot_at(0xd000_0f00), Some((0, 0)));
+        assert_eq!(slot_at(0xd000_0eff), None);
         assert_eq!(slot_at(slot_address(15).0 + 0xffc), Some((15, 0xffc)));
         assert_eq!(slot_at(0xcfff_ffff), None);
     }

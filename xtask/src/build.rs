@@ -47,6 +47,10 @@ const BZIMAGE: &str = "lib/rvm-tests/bzImage";
 /// The end-to-end suites.
 const SUITES: Program = Program { package: "rvm-tests", binary: "rvm-e2e", installed: "bin/rvm-e2e" };
 
+/// What the measurements of files run inside of containers.
+const WORKLOAD: Program =
+    Program { package: "rvm-tests", binary: "rvm-workload", installed: "lib/rvm-tests/workload" };
+
 /// Builds kernel and programs as far as they are not up to date; returns the directory that holds them.
 pub fn artefacts() -> Result<PathBuf> {
     let root = cache::artefacts_dir();
@@ -61,6 +65,13 @@ pub fn with_suites() -> Result<PathBuf> {
     install(&kernel::bzimage()?, &root.join(BZIMAGE), 0o644)?;
     programs(&[SUITES])?;
     Ok(root)
+}
+
+/// As [`artefacts`], with what the measurements run inside of containers; returns where the test host has that.
+pub fn with_workload() -> Result<String> {
+    artefacts()?;
+    programs(&[WORKLOAD])?;
+    Ok(format!("/usr/local/{}", WORKLOAD.installed))
 }
 
 /// A program of unit tests among the artefacts.

@@ -18,10 +18,26 @@ use rvm_tests::support::{packages, process};
 
 const CONFIG: &str = include_str!("../../kernels/guest-x86_64.config");
 const PINS: &str = include_str!("../../kernels/source.pins");
+/// Changes of the source, in the order in which they are made.
+const PATCHES: &[&str] = &[
+    include_str!("../../kernels/patches/fuse-submounts.patch"),
+    include_str!("../../kernels/patches/fuse-killpriv.patch"),
+];
 
 /// What the build needs from Debian.
-pub const PACKAGES: &[&str] =
-    &["bc", "binutils", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "perl", "xz-utils"];
+pub const PACKAGES: &[&str] = &[
+    "bc",
+    "binutils",
+    "bison",
+    "flex",
+    "gcc",
+    "libc6-dev",
+    "libelf-dev",
+    "make",
+    "patch",
+    "perl",
+    "xz-utils",
+];
 
 /// Given to every `make`. Date, user and host are compiled into the kernel: fixed, so that equal input gives equal output.
 const MAKE_VARIABLES: &[&str] = &[
@@ -72,6 +88,7 @@ fn entry() -> PathBuf {
 fn key() -> Key {
     Key::new()
         .with("pins", PINS)
+        .with("patches", PATCHES.concat())
         .with("config", CONFIG)
         .with("make", MAKE_VARIABLES.join("\n"))
         .with("strip", STRIP.join("\n"))
@@ -84,6 +101,7 @@ fn build(entry: &Path) -> Result<()> {
     let work = entry.join("work");
     fs::create_dir(&work)?;
     let tree = source::unpack(&source::parse_pins(PINS)?, &work)?;
+    PATCHES.iter().try_for_each(|patch| source::apply(patch, &tree))?;
     configure(&tree)?;
     compile(&tree, &entry.join("build.log"))?;
     strip(&tree.join("vmlinux"), &entry.join(VMLINUX))?;

@@ -1,5 +1,6 @@
 //! Every chore of the project, one place: `cargo xtask --help`.
 
+mod bench;
 mod build;
 mod conformance;
 mod deb;
@@ -37,6 +38,7 @@ const EXAMPLES: &str = "Examples:
   cargo xtask host -- docker run --rm --runtime=rvm busybox uname -r
   cargo xtask host --shell                      look around in the test host
   cargo xtask conformance -- hostname           what runc and rvm make of the suites' tests of host names
+  cargo xtask bench files                       how fast files are, beside runc
   cargo xtask minihost -- rvm check             the same kind of host, smaller and up in 5 seconds
   cargo xtask build --install                   rvm into /usr/local, to use it here";
 
@@ -52,6 +54,8 @@ enum Chore {
     Host(host::HostArgs),
     /// Run the OCI conformance suites of runtime-tools and youki against rvm and runc, in the test host
     Conformance(conformance::ConformanceArgs),
+    /// Measure rvm beside runc, in the test host
+    Bench(bench::BenchArgs),
     /// Build the guest kernel, and print where it is
     Kernel,
     /// Build rvm, its agent, its kernel and the end-to-end suites, and print the directory that holds them
@@ -109,6 +113,7 @@ fn run(chore: Chore) -> Result<ExitCode> {
         Chore::Check => return Ok(test::check()),
         Chore::Host(args) => return host::run(args),
         Chore::Conformance(args) => return conformance::run(&args),
+        Chore::Bench(args) => return bench::run(&args),
         Chore::Kernel => println!("{}", kernel::vmlinux()?.display()),
         Chore::Build { install: true, prefix } => build::install_below(&prefix)?,
         Chore::Build { .. } => println!("{}", build::with_suites()?.display()),

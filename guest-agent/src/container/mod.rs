@@ -17,9 +17,12 @@ pub mod sysctl;
 pub mod tree;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use nix::mount::{MntFlags, MsFlags};
+use nix::sys::stat;
 use nix::unistd;
 use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Process, Spec};
 use rvm_protocol::{ROOTFS_TAG, StartContainer};
@@ -29,6 +32,9 @@ use self::disks::Disks;
 use crate::error::{Context, Result, other};
 use crate::sys::mount::FileSystem;
 use crate::sys::process::Child;
+
+/// How far files that are read in sequence are read ahead.
+const READ_AHEAD_KIB: &str = "1024";
 
 /// Where the container's root file system comes from.
 #[derive(Clone, Debug)]
@@ -179,13 +185,22 @@ fn make_sysfs() -> Result<OwnedFd> {
     make().context(|| "making a sysfs for the container")
 }
 
+/// Has files of the file system at a place be read ahead by as much as one request can carry. What is mounted below it
+/// has the same device for this purpose.
+fn read_ahead(place: &Path) -> io::Result<()> {
+    let device = fs::metadata(place)?.dev();
+    let (major, minor) = (stat::major(device), stat::minor(device));
+    fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KIB)
+}
+
 fn mount_pristine(settings: &Settings) -> Result<()> {
     let none = None::<&str>;
     let place = &settings.pristine;
     match &settings.source {
         RootSource::VirtioFs => {
             nix::mount::mount(Some(ROOTFS_TAG), place, Some("virtiofs"), MsFlags::empty(), none)
-                .context(|| format!("mounting the virtio-fs device {ROOTFS_TAG:?}"))
+                .context(|| format!("mounting the virtio-fs device {ROOTFS_TAG:?}"))?;
+            read_ahead(place).context(|| "setting how far files are read ahead")
         }
         RootSource::Directory(path) => {
             nix::mount::mount(Some(path), place, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)

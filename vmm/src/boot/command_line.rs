@@ -54,8 +54,8 @@ mod tests {
     fn slots_are_named_in_their_order() {
         let text = text(4, "debug");
         assert!(text.starts_with("console=ttyS0 "));
-        assert!(text.contains("virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 "));
-        assert!(text.ends_with("virtio_mmio.device=4K@0xd0003000:9 debug"), "{text}");
+        assert!(text.contains("virtio_mmio.device=4K@0xd0000f00:5 virtio_mmio.device=4K@0xd0002f00:6 "));
+        assert!(text.ends_with("virtio_mmio.device=4K@0xd0006f00:9 debug"), "{text}");
     }
 
     #[test]

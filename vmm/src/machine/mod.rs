@@ -171,7 +171,8 @@ impl Machine {
         vm.register_irqfd(&serial_line, layout::SERIAL_GSI)
             .map_err(refused("the serial port's interrupt"))?;
         let serial = SerialPort::new(serial_line, console.clone());
-        let slots = (0..slots).map(|number| Slot::new(number, vm.clone(), memory.clone())).collect();
+        let slots = (0..slots).map(|number| Slot::new(number, vm.clone(), memory.clone()));
+        let slots = slots.collect::<Result<_, _>>()?;
         let bus = Arc::new(Bus::new(serial, slots));
 
         let control = Arc::new(Control::new()?);

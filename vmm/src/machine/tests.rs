@@ -134,6 +134,18 @@ fn a_kick_of_a_queue_does_not_leave_the_kernel() {
 }
 
 #[test]
+fn an_interrupt_is_handled_without_leaving_the_kernel() {
+    // mov eax, [0x60]; mov dword [0x64], reasons
+    let acknowledge =
+        |reasons| [0x66, 0xa1, 0x60, 0x00, 0x66, 0xc7, 0x06, 0x64, 0x00, reasons, 0x00, 0x00, 0x00];
+    let Some(machine) = machine(&[&acknowledge(1)[..], &acknowledge(3), &RESET].concat()) else { return };
+    machine.plug(0, Box::new(Idle)).unwrap();
+    machine.start().unwrap();
+    assert_eq!(wait_for_end(&machine), ExitReason::Reset);
+    assert_eq!(machine.exits(), 1, "only where the configuration has changed");
+}
+
+#[test]
 fn slots_take_one_device_at_a_time() {
     let Some(machine) = machine(&RESET) else { return };
     machine.plug(1, Box::new(Idle)).unwrap();

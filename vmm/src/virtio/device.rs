@@ -4,12 +4,17 @@
 //! the driver sets DRIVER_OK it hands the queues to the device, which moves them into a worker on an
 //! [event loop](crate::event_loop). A reset takes them back.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS,
+};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::mmio::page::RegisterPage;
+use super::mmio::status::NEEDS_RESET;
 use crate::GuestMemory;
 use crate::event_loop::EventLoopError;
 
@@ -90,11 +95,10 @@ pub enum ActivateError {
     Io(#[from] std::io::Error),
 }
 
-/// The device's interrupt line with the registers behind it that a device changes while it runs. They are accessed
-/// SeqCst: seldom enough for it to cost nothing, and a driver may take their order across registers for granted.
+/// The device's interrupt line with the registers behind it that a device changes while it runs.
 #[derive(Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
+    registers: Arc<RegisterPage>,
     /// How often the configuration changed; held while it changes or is read.
     generation: Arc<Mutex<u32>>,
     needs_reset: Arc<AtomicBool>,
@@ -102,9 +106,9 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// An interrupt that raises `line` (an irqfd) and whose status is shared with the transport.
-    pub fn new(status: Arc<AtomicU32>, line: Arc<EventFd>) -> Self {
-        Self { status, generation: Arc::default(), needs_reset: Arc::default(), line }
+    /// An interrupt that raises `line` (an irqfd), with its reasons among these registers.
+    pub(crate) fn new(registers: Arc<RegisterPage>, line: Arc<EventFd>) -> Self {
+        Self { registers, generation: Arc::default(), needs_reset: Arc::default(), line }
     }
 
     /// Tells the driver that buffers were used.
@@ -118,6 +122,7 @@ impl Interrupt {
         let mut generation = self.lock_config();
         change();
         *generation = generation.wrapping_add(1);
+        self.registers.store(VIRTIO_MMIO_CONFIG_GENERATION, *generation);
         drop(generation);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
@@ -125,17 +130,20 @@ impl Interrupt {
     /// Tells the driver that the device cannot go on before a reset (DEVICE_NEEDS_RESET): the driver broke a
     /// rule that leaves no way to continue, such as an available index beyond the queue.
     pub fn needs_reset(&self) {
-        self.change_config(|| self.needs_reset.store(true, Ordering::SeqCst));
+        self.change_config(|| {
+            self.needs_reset.store(true, Ordering::SeqCst);
+            self.registers.add(VIRTIO_MMIO_STATUS, NEEDS_RESET);
+        });
     }
 
     /// The reasons that the driver has not acknowledged yet.
     pub(crate) fn pending(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.registers.load(VIRTIO_MMIO_INTERRUPT_STATUS)
     }
 
     /// The driver has seen these reasons.
     pub(crate) fn acknowledge(&self, reasons: u32) {
-        self.status.fetch_and(!reasons, Ordering::SeqCst);
+        self.registers.remove(VIRTIO_MMIO_INTERRUPT_STATUS, reasons);
     }
 
     /// How often the configuration changed.
@@ -156,13 +164,13 @@ impl Interrupt {
 
     /// Back to the state of a device that was just plugged. The generation goes on: a driver may hold an old one.
     pub(crate) fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
+        self.registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, 0);
         self.needs_reset.store(false, Ordering::SeqCst);
     }
 
     fn raise(&self, bit: u32) {
         // The status comes first: a driver that is interrupted must find the reason.
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.registers.add(VIRTIO_MMIO_INTERRUPT_STATUS, bit);
         // A write to an eventfd fails only when its counter is full, and then the line is raised already.
         let _ = self.line.write(1);
     }
@@ -187,12 +195,11 @@ mod tests {
 
     #[test]
     fn an_interrupt_sets_its_reason_and_raises_the_line() {
-        let status = Arc::new(AtomicU32::new(0));
         let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let interrupt = Interrupt::new(status.clone(), line.clone());
+        let interrupt = Interrupt::new(Arc::default(), line.clone());
         interrupt.used_buffers();
         interrupt.change_config(|| ());
-        assert_eq!(status.load(Ordering::SeqCst), INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG_CHANGE);
+        assert_eq!(interrupt.pending(), INTERRUPT_USED_BUFFER | INTERRUPT_CONFIG_CHANGE);
         assert_eq!(line.read().unwrap(), 2);
     }
 

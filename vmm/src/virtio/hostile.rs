@@ -131,7 +131,7 @@ impl Driver {
         let memory = Arc::new(memory.expect("there is memory"));
         let line = EventFd::new(libc::EFD_NONBLOCK).expect("there are descriptors");
         let queues = device.queue_sizes().len() as u64;
-        let transport = Transport::new(device, memory.clone(), Arc::new(line));
+        let transport = Transport::new(device, memory.clone(), Arc::default(), Arc::new(line));
         Driver { transport: transport.expect("there are descriptors"), memory, queues }
     }
 

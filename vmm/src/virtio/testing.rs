@@ -147,7 +147,8 @@ impl Guest {
     /// Starts a device on these queues by its registers, with all of its features. From then on kicks and interrupts
     /// are those of the transport.
     pub(crate) fn start(&mut self, device: Box<dyn VirtioDevice>) -> Transport {
-        let mut transport = Transport::new(device, self.memory.clone(), self.line.clone()).unwrap();
+        let mut transport =
+            Transport::new(device, self.memory.clone(), Arc::default(), self.line.clone()).unwrap();
         let mut write = |register: u32, value: u32| transport.write(register.into(), &value.to_le_bytes());
         write(VIRTIO_MMIO_STATUS, 1);
         write(VIRTIO_MMIO_STATUS, 3);

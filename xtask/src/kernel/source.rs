@@ -82,6 +82,15 @@ pub fn unpack(pins: &[Pin], work: &Path) -> Result<PathBuf> {
     Ok(tree)
 }
 
+/// Changes the source as a patch says. One that fits only nearly is refused: the pinned source has changed.
+pub fn apply(patch: &str, tree: &Path) -> Result<()> {
+    let mut file = tempfile::NamedTempFile::new()?;
+    std::io::Write::write_all(&mut file, patch.as_bytes())?;
+    let mut command = Command::new("patch");
+    command.args(["--strip=1", "--fuzz=0", "--batch", "--silent", "-d"]).arg(tree).arg("-i").arg(file.path());
+    process::run(&mut command).context("a patch of the guest kernel does not fit its source")
+}
+
 /// The package's file, from the cache or else fetched. It has a cache entry of its own, so that neither a change of the
 /// configuration nor an interrupted build downloads it again.
 fn package(pins: &[Pin]) -> Result<PathBuf> {

@@ -25,8 +25,8 @@ impl FileServer {
         how: MkdirIn,
     ) -> Result<EntryOut, Errno> {
         let parent = self.node(who.nodeid)?;
-        let owner = Owner::assume(who.uid, who.gid)?;
-        mkdirat(&parent.file, name, mode(how.mode, how.umask))?;
+        let owner = Owner::assume(who.uid, who.gid, how.umask)?;
+        mkdirat(&parent.file, name, mode(how.mode))?;
         drop(owner);
         self.unsynced.add(&parent);
         self.find(&parent, name)
@@ -37,8 +37,8 @@ impl FileServer {
     pub(super) fn make_node(&self, who: &InHeader, name: &CStr, how: MknodIn) -> Result<EntryOut, Errno> {
         let parent = self.node(who.nodeid)?;
         let kind = SFlag::from_bits_truncate(how.mode & libc::S_IFMT);
-        let owner = Owner::assume(who.uid, who.gid)?;
-        mknodat(&parent.file, name, kind, mode(how.mode, how.umask), how.rdev.into())?;
+        let owner = Owner::assume(who.uid, who.gid, how.umask)?;
+        mknodat(&parent.file, name, kind, mode(how.mode), how.rdev.into())?;
         drop(owner);
         self.unsynced.add(&parent);
         self.find(&parent, name)
@@ -47,7 +47,7 @@ impl FileServer {
     /// SYMLINK.
     pub(super) fn make_link(&self, who: &InHeader, name: &CStr, target: &CStr) -> Result<EntryOut, Errno> {
         let parent = self.node(who.nodeid)?;
-        let owner = Owner::assume(who.uid, who.gid)?;
+        let owner = Owner::assume(who.uid, who.gid, 0)?;
         symlinkat(target, &parent.file, name)?;
         drop(owner);
         self.unsynced.add(&parent);
@@ -60,7 +60,8 @@ impl FileServer {
         // By this path the link is followed to the inode and no further, symbolic link or not.
         let path = descriptor_path(&node.file);
         linkat(&self.descriptors, path.as_c_str(), &parent.file, name, AtFlags::AT_SYMLINK_FOLLOW)?;
-        // What has a new name is in the upper layer now, if there are any, and will not part again.
+        // What has a new name is in the upper layer now, if there are any, and will not part again. The change that a
+        // symbolic link has had by this makes it no other one.
         self.follow(&node.inode);
         self.unsynced.add(&parent);
         self.find(&parent, name)
@@ -75,8 +76,8 @@ impl FileServer {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let parent = self.node(who.nodeid)?;
         let new = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let owner = Owner::assume(who.uid, who.gid)?;
-        let created = openat(&parent.file, name, open_flags(how.flags) | new, mode(how.mode, how.umask));
+        let owner = Owner::assume(who.uid, who.gid, how.umask)?;
+        let created = openat(&parent.file, name, open_flags(how.flags) | new, mode(how.mode));
         drop(owner);
         match created {
             Ok(file) => {
@@ -97,8 +98,8 @@ impl FileServer {
     pub(super) fn create_unnamed(&self, who: &InHeader, how: CreateIn) -> Result<(EntryOut, OpenOut), Errno> {
         let parent = self.node(who.nodeid)?;
         let unnamed = OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
-        let owner = Owner::assume(who.uid, who.gid)?;
-        let file = openat(&parent.file, c".", open_flags(how.flags) | unnamed, mode(how.mode, how.umask))?;
+        let owner = Owner::assume(who.uid, who.gid, how.umask)?;
+        let file = openat(&parent.file, c".", open_flags(how.flags) | unnamed, mode(how.mode))?;
         drop(owner);
         self.created(&parent, file, None)
     }
@@ -120,7 +121,7 @@ impl FileServer {
     }
 }
 
-/// The permissions of something new. The umask was applied by the guest already, or is by this.
-fn mode(mode: u32, umask: u32) -> Mode {
-    Mode::from_bits_truncate(mode & !umask)
+/// The permissions of something new, before the umask.
+fn mode(mode: u32) -> Mode {
+    Mode::from_bits_truncate(mode)
 }

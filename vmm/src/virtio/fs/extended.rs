@@ -1,23 +1,28 @@
 //! Requests about extended attributes.
 //!
-//! Those of users and the one with which programs get capabilities pass through. The host's own do not:
-//! `trusted.*`, where overlayfs and others keep what they believe blindly, and the labels of the host's security
-//! modules. Nor do access control lists (`system.posix_acl_*`): the guest checks permissions by modes alone, and a
-//! list that is stored and not obeyed is worse than none.
+//! Those of users, the one with which programs get capabilities, and access control lists pass through. The host's own
+//! do not: `trusted.*`, where overlayfs and others keep what they believe blindly, and the labels of the host's security
+//! modules.
 
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 
 use nix::errno::Errno;
+use nix::sys::stat::{FchmodatFlags, Mode, fchmodat};
 
+use super::pins::Node;
 use super::server::{FileServer, descriptor_path};
 use super::system;
 
 /// Longest value, and longest list of names (XATTR_SIZE_MAX, XATTR_LIST_MAX).
 const MAX_LEN: usize = 64 << 10;
 
+/// Attributes that the guest may see and set, beside those of users.
+const ALLOWED: [&[u8]; 3] = [b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"];
+
 /// Whether an attribute is the guest's to see and to set.
 fn is_allowed(name: &[u8]) -> bool {
-    name.starts_with(b"user.") || name == b"security.capability"
+    name.starts_with(b"user.") || ALLOWED.contains(&name)
 }
 
 fn check(name: &CStr) -> Result<(), Errno> {
@@ -44,12 +49,33 @@ impl Value {
 }
 
 impl FileServer {
-    /// SETXATTR.
-    pub(super) fn set_extended(&self, id: u64, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
+    /// SETXATTR. Whether the file may stay set-group-ID depends on groups of the caller that only the guest knows.
+    pub(super) fn set_extended(
+        &self,
+        id: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_set_group_id: bool,
+    ) -> Result<(), Errno> {
         check(name)?;
         let node = self.node(id)?;
         let _changing = self.unsynced.changing(&node);
-        system::set_attribute(&descriptor_path(&node.file), name, value, flags as i32)
+        system::set_attribute(&descriptor_path(&node.file), name, value, flags as i32)?;
+        if kill_set_group_id {
+            self.kill_set_group_id(&node)?;
+        }
+        Ok(())
+    }
+
+    fn kill_set_group_id(&self, node: &Node) -> Result<(), Errno> {
+        let mode = Mode::from_bits_truncate(system::attributes(node.file.as_fd())?.stx_mode.into());
+        if !mode.contains(Mode::S_ISGID) {
+            return Ok(());
+        }
+        let path = descriptor_path(&node.file);
+        let mode = mode.difference(Mode::S_ISGID);
+        fchmodat(&self.descriptors, path.as_c_str(), mode, FchmodatFlags::FollowSymlink)
     }
 
     /// GETXATTR.

@@ -8,11 +8,11 @@
 //! # Who checks permissions
 //!
 //! The guest's kernel does: the virtiofs driver always mounts with `default_permissions`, so modes, owners, groups
-//! (supplementary ones too), sticky bits and capabilities are judged where the processes are known. A hostile
+//! (supplementary ones too), access control lists, sticky bits and capabilities are judged where the processes are
+//! known. A hostile
 //! guest kernel could lie about who asks, so a second check of the same users on the host would keep nothing out;
 //! what it may reach is bounded by the tree alone. Requests are therefore served with the server's own rights, and
 //! what they create belongs from its first moment to the user and group that the request names, see [`thread`].
-//! Access control lists are not a part of this: they can be neither read nor set.
 //!
 //! # What is cached
 //!
@@ -31,6 +31,8 @@ mod directory;
 mod extended;
 mod files;
 mod handles;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod hostile;
 mod identity;
 mod inodes;
 mod message;

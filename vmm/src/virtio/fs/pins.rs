@@ -109,10 +109,11 @@ impl FileServer {
         }
     }
 
-    /// Notices that a file which is known by one name alone was copied to the upper layer, and is on its own.
+    /// Notices that a file which is known by one name alone was copied to the upper layer, and is on its own; or that the
+    /// guest itself has changed a symbolic link, which leads where it led.
     pub(super) fn follow(&self, inode: &Inode) {
         let known = inode.identity();
-        let file = inode.pinned().filter(|_| known.link.is_some());
+        let file = inode.pinned().filter(|_| known.link.is_some() || inode.kind() == libc::S_IFLNK);
         let Some(file) = file else { return };
         let Ok(status) = system::attributes(file.as_fd()) else { return };
         let now = self.mounts.identify_file(file.as_fd(), &status);

@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
@@ -48,6 +49,8 @@ pub struct FileServer {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) unsynced: Unsynced,
+    /// What the driver agreed to at its start.
+    pub(super) options: AtomicU32,
 }
 
 impl FileServer {
@@ -101,7 +104,8 @@ impl PreparedFileServer {
         let identity = mounts.identify_file(root.as_fd(), &status);
         let inodes = Inodes::new(root, identity, limits);
         let (handles, unsynced) = (Handles::new(open_files), Unsynced::new(MAX_UNSYNCED));
-        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles, unsynced })
+        let options = AtomicU32::default();
+        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles, unsynced, options })
     }
 }
 

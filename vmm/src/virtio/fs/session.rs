@@ -1,5 +1,7 @@
 //! From requests to operations: the FUSE protocol, version 7.
 
+use std::sync::atomic::Ordering;
+
 use fuse_backend_rs::abi::fuse_abi::{
     BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, ForgetIn, ForgetOne, FsOptions, FsyncIn,
     GetxattrIn, GetxattrOut, InitIn, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, LinkIn, LseekIn, MkdirIn,
@@ -12,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use super::extended::Value;
 use super::message::{MAX_DATA, Reply, Request, component, decode, split_text};
 use super::server::FileServer;
-use super::wire::{StatxIn, opcode};
+use super::wire::{SETXATTR_ACL_KILL_SGID, SETXATTR_EXT, SetxattrMore, StatxIn, opcode};
 use crate::virtio::virtqueue::Chain;
 
 /// The oldest protocol that the virtiofs driver was ever released with.
@@ -135,12 +137,16 @@ impl FileServer {
             }
             opcode::SETXATTR => {
                 let SetxattrIn { size, flags } = request.take()?;
+                let SetxattrMore { flags: more, .. } = match self.agreed(SETXATTR_EXT) {
+                    true => request.take()?,
+                    false => SetxattrMore::default(),
+                };
                 let text = request.rest()?;
                 let (name, value) = split_text(&text)?;
                 if value.len() != size as usize {
                     return Err(Errno::EINVAL);
                 }
-                self.set_extended(node, name, value, flags)
+                self.set_extended(node, name, value, flags, more & SETXATTR_ACL_KILL_SGID != 0)
             }
             opcode::GETXATTR => {
                 let GetxattrIn { size, .. } = request.take()?;
@@ -171,10 +177,13 @@ impl FileServer {
             return Ok(version);
         }
         self.reset();
+        // The wanted options all lie in the lower half.
+        let flags = offer.flags & (wanted_options().bits() as u32 | SETXATTR_EXT);
+        // Relaxed: requests that come before the driver has seen the answer are nobody's.
+        self.options.store(flags, Ordering::Relaxed);
         Ok(InitOut {
             max_readahead: offer.max_readahead.min(MAX_DATA),
-            // The wanted options all lie in the lower half.
-            flags: offer.flags & wanted_options().bits() as u32,
+            flags,
             max_background: MAX_BACKGROUND,
             congestion_threshold: MAX_BACKGROUND / 4 * 3,
             max_write: MAX_DATA,
@@ -183,6 +192,12 @@ impl FileServer {
             max_pages: (MAX_DATA / PAGE) as u16,
             ..version
         })
+    }
+
+    /// Whether the driver makes use of an option.
+    fn agreed(&self, option: u32) -> bool {
+        // Relaxed: as for the other side.
+        self.options.load(Ordering::Relaxed) & option != 0
     }
 
     fn forget_request(&self, request: &mut Request<'_>) -> Result<(), Errno> {
@@ -225,4 +240,8 @@ fn wanted_options() -> FsOptions {
         // The server clears set-user-ID bits, so the guest need not ask for attributes before each write.
         | FsOptions::HANDLE_KILLPRIV_V2
         | FsOptions::SUBMOUNTS
+        // The guest checks access control lists, too. What they are worth for something new the host's kernel knows,
+        // and whether the umask counts.
+        | FsOptions::POSIX_ACL
+        | FsOptions::DONT_MASK
 }

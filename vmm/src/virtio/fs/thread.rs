@@ -2,9 +2,10 @@
 //!
 //! The kernel keeps working directory, umask, user IDs and capabilities for each thread, though POSIX and the C
 //! library pretend otherwise. A serving thread
-//! - has left the others' `fs_struct`: its umask is 0 (the guest applied the caller's) and its working directory
-//!   is /proc/self/fd, so that a bare descriptor number is a path to the file behind it. Extended attributes of
-//!   something opened with `O_PATH` can be reached no other way;
+//! - has left the others' `fs_struct`: its umask is the requester's while it creates a file, since it depends on the
+//!   directory's access control list whether that counts, and its working directory is /proc/self/fd, so that a bare
+//!   descriptor number is a path to the file behind it. Extended attributes of something opened with `O_PATH` can be
+//!   reached no other way;
 //! - keeps its capabilities when its user ID changes. It creates a file under the requester's *file system* IDs
 //!   (`setfsuid(2)`), so that the owner is right from the first moment, in directories that the requester may
 //!   write to by a supplementary group or a capability which the host knows nothing of.
@@ -39,8 +40,10 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// Files belong to this user and group.
-    pub(super) fn assume(uid: u32, gid: u32) -> Result<Owner, Errno> {
+    /// Files belong to this user and group, and are made with this umask.
+    pub(super) fn assume(uid: u32, gid: u32, mask: u32) -> Result<Owner, Errno> {
+        // It stays until the next file is created.
+        umask(Mode::from_bits_truncate(mask));
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         if uid == geteuid() && gid == getegid() {
             return Ok(Owner { previous: None });

@@ -71,6 +71,11 @@ pub(super) const WRITE_CACHE: u32 = 1 << 0;
 pub(super) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// Only data, not attributes, has to be on the disk (`fuse_fsync_in.fsync_flags`).
 pub(super) const FSYNC_DATA_ONLY: u32 = 1 << 0;
+/// SETXATTR has two more fields (an option of INIT).
+pub(super) const SETXATTR_EXT: u32 = 1 << 29;
+/// The caller may not keep the set-group-ID bit of the file whose access control list it sets
+/// (`fuse_setxattr_in.setxattr_flags`).
+pub(super) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 /// Another file system is mounted here (`fuse_attr.flags`).
 pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
 
@@ -83,6 +88,14 @@ pub(super) struct StatxIn {
     fh: u64,
     flags: u32,
     mask: u32,
+}
+
+/// The fields of `struct fuse_setxattr_in` that came later.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct SetxattrMore {
+    pub(super) flags: u32,
+    pub(super) padding: u32,
 }
 
 /// Reply to STATX (`struct fuse_statx_out`).
@@ -131,6 +144,8 @@ impl From<libc::statx_timestamp> for Time {
 
 // SAFETY: it consists of integers, and their sizes leave no padding.
 unsafe impl ByteValued for StatxIn {}
+// SAFETY: it consists of integers, and their sizes leave no padding.
+unsafe impl ByteValued for SetxattrMore {}
 // SAFETY: it consists of integers, and their sizes leave no padding.
 unsafe impl ByteValued for StatxOut {}
 

@@ -3,10 +3,11 @@
 //! [`Transport`] is one device with its registers and knows nothing of KVM; a [`Slot`](slot::Slot) is the place in
 //! the machine into which one is plugged.
 
+pub(crate) mod page;
 mod queue;
 mod registers;
 pub(crate) mod slot;
-mod status;
+pub(crate) mod status;
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::page::RegisterPage;
 use self::queue::QueueSetup;
 use self::registers::{QueueRegister, Readable, Writable};
 use self::status::Step;
@@ -27,6 +29,8 @@ const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 pub(crate) struct Transport {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemory,
+    /// What the driver reads.
+    page: Arc<RegisterPage>,
     interrupt: Interrupt,
     /// One a queue; the ioeventfds of the slot.
     kicks: Vec<EventFd>,
@@ -65,21 +69,26 @@ impl DriverState {
 }
 
 impl Transport {
-    /// A device as the driver finds it first, which interrupts through `line`.
+    /// A device as the driver finds it first, which shows its registers on `page` and interrupts through `line`.
     pub(crate) fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
+        page: Arc<RegisterPage>,
         line: Arc<EventFd>,
     ) -> std::io::Result<Self> {
         let driver = DriverState::new(device.queue_sizes());
         let kicks = driver.queues.iter().map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC));
-        Ok(Self {
+        let transport = Self {
             kicks: kicks.collect::<Result<_, _>>()?,
-            interrupt: Interrupt::new(Arc::default(), line),
+            interrupt: Interrupt::new(page.clone(), line),
             device,
             memory,
+            page,
             driver,
-        })
+        };
+        transport.interrupt.reset();
+        transport.show();
+        Ok(transport)
     }
 
     /// The events that tell of new buffers, in the order of the queues.
@@ -93,7 +102,20 @@ impl Transport {
         self.device
     }
 
-    /// A driver's read. What does not exist reads as zero.
+    /// Brings the page of registers up to date with what the driver wrote. The interrupt's reasons are always.
+    fn show(&self) {
+        let unchanged = self.interrupt.lock_config();
+        for offset in Readable::offsets() {
+            let value = match Readable::at(offset.into()) {
+                Some(Readable::ConfigGeneration) => *unchanged,
+                Some(Readable::InterruptStatus) | None => continue,
+                Some(register) => self.read_register(register),
+            };
+            self.page.store(offset, value);
+        }
+    }
+
+    /// A driver's read. What does not exist reads as zero. Registers come here only where the page is not mapped.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(offset) = offset.checked_sub(registers::CONFIG) {
@@ -112,6 +134,7 @@ impl Transport {
             }
         } else if let (Some(register), Ok(word)) = (Writable::at(offset), <[u8; 4]>::try_from(data)) {
             self.write_register(register, u32::from_le_bytes(word));
+            self.show();
         }
     }
 
@@ -224,6 +247,7 @@ impl Transport {
         self.device.reset();
         self.driver = DriverState::new(self.device.queue_sizes());
         self.interrupt.reset();
+        self.show();
     }
 
     /// Hands the queues to the device. A driver that set up something that cannot be used, or too little, is told

@@ -30,6 +30,11 @@ pub(super) enum Readable {
 }
 
 impl Readable {
+    /// The offsets of all of them.
+    pub(super) fn offsets() -> impl Iterator<Item = u32> {
+        (0..CONFIG as u32).step_by(size_of::<u32>()).filter(|offset| Self::at((*offset).into()).is_some())
+    }
+
     pub(super) fn at(offset: u64) -> Option<Self> {
         Some(match u32::try_from(offset).ok()? {
             VIRTIO_MMIO_MAGIC_VALUE => Self::Magic,

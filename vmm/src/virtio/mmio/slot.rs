@@ -6,15 +6,21 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::page::RegisterPage;
 use super::{Transport, registers};
 use crate::GuestMemory;
 use crate::layout;
 use crate::virtio::VirtioDevice;
+use crate::virtio::device::INTERRUPT_USED_BUFFER;
+
+/// The number of slot 0's page among the memory regions of the virtual machine, behind those of its memory.
+const FIRST_REGION: u32 = 16;
 
 /// Why a device could not be plugged in or taken out.
 #[derive(Debug, thiserror::Error)]
@@ -50,18 +56,33 @@ pub(crate) struct Slot {
     number: u8,
     vm: Arc<VmFd>,
     memory: GuestMemory,
+    page: Arc<RegisterPage>,
     plugged: Mutex<Option<Plugged>>,
 }
 
 struct Plugged {
     transport: Transport,
     line: Arc<EventFd>,
+    /// Where acknowledgements of used buffers go, which nobody has to hear of.
+    acknowledged: EventFd,
 }
 
 impl Slot {
-    /// An empty slot.
-    pub(crate) fn new(number: u8, vm: Arc<VmFd>, memory: GuestMemory) -> Self {
-        Self { number, vm, memory, plugged: Mutex::new(None) }
+    /// An empty slot, whose page of registers the guest can read.
+    pub(crate) fn new(number: u8, vm: Arc<VmFd>, memory: GuestMemory) -> Result<Self, SlotError> {
+        let page = Arc::<RegisterPage>::default();
+        let region = kvm_userspace_memory_region {
+            slot: FIRST_REGION + u32::from(number),
+            guest_phys_addr: layout::slot_page(number).0,
+            memory_size: RegisterPage::len(),
+            userspace_addr: page.address(),
+            flags: KVM_MEM_READONLY,
+        };
+        // SAFETY: the page is as long as that and begins where a page does, and guests only read it. A virtual machine can
+        // run as long as there are vCPUs, which own the bus, and with it this slot and its page.
+        let mapped = unsafe { vm.set_user_memory_region(region) };
+        mapped.map_err(|source| SlotError::Kvm { what: "registers", slot: number, source })?;
+        Ok(Self { number, vm, memory, page, plugged: Mutex::new(None) })
     }
 
     /// Puts a device in.
@@ -74,10 +95,11 @@ impl Slot {
             return Err(SlotError::Occupied(self.number));
         }
         let event_error = |source| SlotError::Event { slot: self.number, source };
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(event_error)?;
-        let line = Arc::new(line);
-        let transport = Transport::new(device, self.memory.clone(), line.clone()).map_err(event_error)?;
-        let new = Plugged { transport, line };
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(event_error);
+        let (line, acknowledged) = (Arc::new(event()?), event()?);
+        let transport = Transport::new(device, self.memory.clone(), self.page.clone(), line.clone());
+        let transport = transport.inspect_err(|_| self.page.clear()).map_err(event_error)?;
+        let new = Plugged { transport, line, acknowledged };
         self.connect(&new).inspect_err(|_| self.disconnect(&new))?;
         *plugged = Some(new);
         Ok(())
@@ -87,7 +109,9 @@ impl Slot {
     pub(crate) fn unplug(&self) -> Option<Box<dyn VirtioDevice>> {
         let plugged = self.lock().take()?;
         self.disconnect(&plugged);
-        Some(plugged.transport.into_device())
+        let device = plugged.transport.into_device();
+        self.page.clear();
+        Some(device)
     }
 
     /// Stops the device, if there is one, and leaves it in its place.
@@ -127,7 +151,9 @@ impl Slot {
     }
 
     /// From now on KVM raises the interrupt for the line, and turns a write of a queue's number to QueueNotify
-    /// into that queue's kick, without an exit to user space.
+    /// into that queue's kick, without an exit to user space. It also takes the acknowledgement of used buffers: that
+    /// reason stays set from the first time on, which makes a driver look at its queues once too often where only the
+    /// configuration changed.
     fn connect(&self, plugged: &Plugged) -> Result<(), SlotError> {
         let refused = |what| move |source| SlotError::Kvm { what, slot: self.number, source };
         let gsi = layout::slot_gsi(self.number);
@@ -135,7 +161,9 @@ impl Slot {
         for (index, kick) in (0_u32..).zip(plugged.transport.kicks()) {
             self.vm.register_ioevent(kick, &self.notify(), index).map_err(refused("queue notification"))?;
         }
-        Ok(())
+        self.vm
+            .register_ioevent(&plugged.acknowledged, &self.acknowledge(), INTERRUPT_USED_BUFFER)
+            .map_err(refused("interrupt's acknowledgement"))
     }
 
     /// The opposite of [`connect`](Self::connect), of which parts may be missing.
@@ -143,10 +171,20 @@ impl Slot {
         for (index, kick) in (0_u32..).zip(plugged.transport.kicks()) {
             let _ = self.vm.unregister_ioevent(kick, &self.notify(), index);
         }
+        let acknowledged = &plugged.acknowledged;
+        let _ = self.vm.unregister_ioevent(acknowledged, &self.acknowledge(), INTERRUPT_USED_BUFFER);
         let _ = self.vm.unregister_irqfd(&plugged.line, layout::slot_gsi(self.number));
     }
 
     fn notify(&self) -> IoEventAddress {
-        IoEventAddress::Mmio(layout::slot_address(self.number).0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY))
+        self.register(VIRTIO_MMIO_QUEUE_NOTIFY)
+    }
+
+    fn acknowledge(&self) -> IoEventAddress {
+        self.register(VIRTIO_MMIO_INTERRUPT_ACK)
+    }
+
+    fn register(&self, offset: u32) -> IoEventAddress {
+        IoEventAddress::Mmio(layout::slot_address(self.number).0 + u64::from(offset))
     }
 }

@@ -16,7 +16,7 @@ pub(super) const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
 /// The bit of a driver that gave up.
 pub(super) const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 /// The bit of a device that cannot go on; set by the device alone.
-pub(super) const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+pub(crate) const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
 /// Every step up. A reset is possible from everywhere, and so is giving up.
 const STEPS: [(u32, u32, Step); 4] = [

@@ -2,9 +2,11 @@
 //! through the virtqueues. These tests need root and /dev/fuse, and say elsewhere that they did nothing; with
 //! RVM_TESTS_NEED_ROOT set they fail there.
 
+use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,6 +20,7 @@ use tempfile::TempDir;
 
 use super::driver::object;
 use super::*;
+use crate::virtio::fs::system;
 use crate::virtio::fs::wire::opcode;
 use crate::virtio::testing::{Guest, Part};
 
@@ -278,6 +281,83 @@ fn users_get_their_files_and_no_others() {
     mounted.run("touch open/suid && chown 1000 open/suid && chmod 4777 open/suid");
     run("1001", "echo z >> open/suid");
     assert_eq!(host("open/suid").mode() & 0o7777, 0o777);
+}
+
+/// An access control list (`linux/posix_acl_xattr.h`) of tags, permissions and IDs.
+fn access_control_list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(permissions.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
+}
+
+#[test]
+fn access_control_lists_are_kept_and_obeyed() {
+    let [owner, user, group, mask, others]: [u16; 5] = [1, 2, 4, 0x10, 0x20];
+    let nobody = u32::MAX;
+    let Some(mounted) = Mounted::new() else { return skipped("root and /dev/fuse") };
+    fs::set_permissions(mounted.seen.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = |path: PathBuf| CString::new(path.into_os_string().into_vec()).unwrap();
+    let set = |name: &str, kind: &CStr, entries: &[(u16, u16, u32)]| {
+        system::set_attribute(&path(mounted.seen(name)), kind, &access_control_list(entries), 0).unwrap();
+    };
+    let list = |place: PathBuf, kind: &CStr| {
+        let mut buffer = [0; 200];
+        let len = system::attribute(&path(place), kind, &mut buffer).unwrap();
+        buffer[..len].to_vec()
+    };
+    let (access, default) = (c"system.posix_acl_access", c"system.posix_acl_default");
+    mounted.run("echo s > secret && chmod 600 secret && mkdir plain shared && chmod 777 plain shared");
+    let mode = |name: &str| fs::metadata(mounted.host(name)).unwrap().mode() & 0o7777;
+
+    let one_reads =
+        [(owner, 6, nobody), (user, 4, 1000), (group, 0, nobody), (mask, 4, nobody), (others, 0, nobody)];
+    set("secret", access, &one_reads);
+    assert_eq!(list(mounted.seen("secret"), access), access_control_list(&one_reads));
+    assert_eq!(
+        list(mounted.host("secret"), access),
+        access_control_list(&one_reads),
+        "it is a list of the host"
+    );
+    assert_eq!(
+        (mode("secret"), fs::metadata(mounted.seen("secret")).unwrap().mode() & 0o7777),
+        (0o640, 0o640)
+    );
+    let run = |user: u32, command: &str| {
+        mounted.run(&format!("setpriv --reuid {user} --regid {user} --clear-groups sh -euc '{command}'"))
+    };
+    assert_eq!(run(1000, "! echo x >> secret; cat secret"), "s\n");
+    run(1001, "! cat secret");
+    mounted.run("chmod 600 secret");
+    run(1000, "! cat secret");
+
+    // What a directory hands on counts instead of the umask.
+    let inherited =
+        [(owner, 7, nobody), (user, 7, 1000), (group, 5, nobody), (mask, 7, nobody), (others, 0, nobody)];
+    set("shared", default, &inherited);
+    mounted.run("umask 077; for d in plain shared; do touch $d/file; mkdir $d/folder; mkfifo $d/pipe; done");
+    assert_eq!(["plain/file", "plain/folder", "plain/pipe"].map(mode), [0o600, 0o700, 0o600]);
+    assert_eq!(["shared/file", "shared/folder", "shared/pipe"].map(mode), [0o660, 0o770, 0o660]);
+    assert_eq!(list(mounted.host("shared/folder"), default), access_control_list(&inherited));
+    run(1000, "echo x > shared/file; touch shared/folder/of-1000; ! touch plain/folder/x");
+    run(1001, "! cat shared/file");
+
+    // Set-group-ID is lost to an owner who is not of the group.
+    mounted.run("echo > tool && chown 1000:3000 tool && chmod 2755 tool");
+    let tool = path(mounted.seen("tool"));
+    thread::spawn(move || {
+        // Of this thread alone. The capability that would keep the bit goes with the user ID.
+        nix::unistd::setfsgid(1000.into());
+        nix::unistd::setfsuid(1000.into());
+        caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_FSETID).unwrap();
+        system::set_attribute(&tool, access, &access_control_list(&one_reads), 0).unwrap();
+    })
+    .join()
+    .unwrap();
+    assert_eq!(mode("tool"), 0o640);
 }
 
 /// For trying programs by hand, in a new directory or in that of RVM_FS_ROOT:

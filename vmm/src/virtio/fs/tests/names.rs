@@ -247,6 +247,16 @@ fn names_are_linked_moved_and_removed() {
 }
 
 #[test]
+fn a_symbolic_link_with_another_name_stays_the_same() {
+    let mut driver = Driver::new();
+    let link: EntryOut = driver.object(opcode::SYMLINK, ROOT, &[b"s\0", b"target\0"]).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let linked: EntryOut = driver.object(opcode::LINK, ROOT, &[&link.nodeid.to_ne_bytes(), b"t\0"]).unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (link.nodeid, 2));
+    assert_eq!(driver.lookup(ROOT, c"s").unwrap().nodeid, link.nodeid);
+}
+
+#[test]
 fn names_that_lead_elsewhere_are_refused_everywhere() {
     let mut driver = Driver::new();
     fs::write(driver.host("file"), "").unwrap();
@@ -378,7 +388,7 @@ fn a_mount_that_is_read_only_is_not_changed() {
         (opcode::UNLINK, volume, vec![&b"file\0"[..]]),
         (opcode::RENAME, volume, vec![rename.as_slice(), b"file\0moved\0"]),
         (opcode::SYMLINK, volume, vec![b"link\0", b"target\0"]),
-        (opcode::SETXATTR, file, vec![&[1, 0, 0, 0, 0, 0, 0, 0], b"user.key\0v"]),
+        (opcode::SETXATTR, file, vec![&[1, 0, 0, 0, 0, 0, 0, 0], &[0; 8], b"user.key\0v"]),
         (opcode::LINK, volume, vec![&file.to_ne_bytes()[..], b"linked\0"]),
     ] {
         assert_eq!(driver.call(opcode, node, &arguments), Err(Errno::EROFS), "{opcode}");
