@@ -4,6 +4,8 @@
 //! A check without tests of its own, such as formatting, counts as one.
 
 mod hosted;
+#[cfg(test)]
+mod promises;
 mod run;
 mod skips;
 
