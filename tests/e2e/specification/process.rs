@@ -92,16 +92,22 @@ fn a_process_is_what_its_description_says() -> Result<()> {
 /// runc 1.1 knows nothing of these, and leaves the root without propagation.
 fn what_runc_does_not_know_of_is_done_all_the_same() -> Result<()> {
     let script = "cut -d ' ' -f 19,41 /proc/self/stat; ionice; uname -m; cat /proc/sys/kernel/domainname; \
-                  awk '$5 == \"/\" {print $7}' /proc/self/mountinfo";
+                  awk '$5 == \"/\" {print $7}' /proc/self/mountinfo; tr -s ' ' </proc/self/timens_offsets";
     let bundle = Bundle::new(&["sh", "-c", script])?.edit(|config| {
         config["domainname"] = json!("house.test");
         config["linux"]["rootfsPropagation"] = json!("unbindable");
+        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({ "type": "time" }));
+        }
+        config["linux"]["timeOffsets"] =
+            json!({ "boottime": { "secs": 1_000_000 }, "monotonic": { "secs": 7, "nanosecs": 5 } });
         config["linux"]["personality"] = json!({ "domain": "LINUX32" });
         config["process"]["scheduler"] = json!({ "policy": "SCHED_BATCH", "nice": 5 });
         config["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_BE", "priority": 6 });
     })?;
-    rvm(&["run", "--bundle", bundle.path(), "story"])?
-        .expect_text("5 3\nbest-effort: prio 6\ni686\nhouse.test\nunbindable")
+    rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_text(
+        "5 3\nbest-effort: prio 6\ni686\nhouse.test\nunbindable\nmonotonic 7 5\nboottime 1000000 0",
+    )
 }
 
 /// What is not described is not there: the process has no capability.
