@@ -118,7 +118,6 @@ fn every_broken_field_is_named_in_one_line() {
     let bound =
         |options: Value| json!({ "destination": "/x", "source": "/tmp", "type": "bind", "options": options });
     let cases = [
-        ("/process", Value::Null, "process: it is missing"),
         ("/ociVersion", json!("invalid"), "ociVersion: `invalid` is not a version"),
         ("/ociVersion", json!("1.2"), "ociVersion: `1.2` is not a version"),
         ("/annotations", json!({ "": "x" }), "annotations: a key is empty"),
@@ -333,7 +332,7 @@ fn a_description_made_in_memory_is_checked_too() {
     let spec: Spec = serde_json::from_value(config()).unwrap();
     assert!(Bundle::from_spec(directory.path(), spec.clone()).is_ok());
     let mut without = spec;
-    without.set_process(None);
+    without.set_root(None);
     assert!(Bundle::from_spec(directory.path(), without).is_err());
 }
 
