@@ -24,7 +24,7 @@ use std::{fs, io};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat;
 use nix::unistd;
-use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxResources, Process, Spec};
 use rvm_protocol::{ROOTFS_TAG, StartContainer};
 
 use self::cgroup::Cgroup;
@@ -156,6 +156,11 @@ impl Container {
         let users = linux.uid_mappings().as_deref().unwrap_or_default();
         let groups = linux.gid_mappings().as_deref().unwrap_or_default();
         (namespaces::wants_user_namespace(linux) && !users.is_empty()).then_some((users, groups))
+    }
+
+    /// What its clocks are set by, where it has a time namespace of its own.
+    pub fn clocks(&self) -> Option<&Linux> {
+        self.spec.linux().as_ref().filter(|linux| namespaces::wants_time_namespace(linux))
     }
 
     /// Ends what is left of a container whose first process has ended, and brings everything that was

@@ -2,20 +2,57 @@
 //!
 //! A container always gets pid, mount, UTS, IPC and cgroup namespaces of its own, whether or not the
 //! configuration names them: the agent and its mounts are no business of the container's. The network
-//! namespace is the guest's only one. A user namespace is made where the configuration asks for it.
+//! namespace is the guest's only one. A user namespace and one of clocks are made where the configuration asks for them.
 
+use std::fs::{self, File};
 use std::os::fd::AsFd;
 
 use nix::sched::{self, CloneFlags};
 use nix::unistd::{self, Gid, Pid, Uid};
-use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, LinuxTimeOffset};
 
 use crate::error::{Context, Result};
 
+/// A time namespace, whose clocks count from another moment than the guest's (time_namespaces(7)).
+pub const TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+
 /// Whether the configuration asks for a user namespace.
 pub fn wants_user_namespace(linux: &Linux) -> bool {
-    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+    wants(linux, LinuxNamespaceType::User)
+}
+
+/// Whether the configuration asks for a time namespace.
+pub fn wants_time_namespace(linux: &Linux) -> bool {
+    wants(linux, LinuxNamespaceType::Time)
+}
+
+fn wants(linux: &Linux, kind: LinuxNamespaceType) -> bool {
+    linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == kind)
+}
+
+/// Has a fork made with the configuration's clocks. Only a namespace that nobody is in yet lets them be set, and that of
+/// a process is made for its children: so the agent makes it, forks, and lets go of it.
+pub fn with_clocks<T>(linux: &Linux, fork: impl FnOnce() -> Result<Option<T>>) -> Result<Option<T>> {
+    let own = File::open("/proc/self/ns/time").context(|| "opening the agent's time namespace")?;
+    sched::unshare(TIME).context(|| "making the time namespace")?;
+    let forked = set_clocks(linux).and_then(|()| fork());
+    if !matches!(forked, Ok(None)) {
+        sched::setns(&own, TIME).context(|| "returning to the agent's time namespace")?;
+    }
+    forked
+}
+
+fn set_clocks(linux: &Linux) -> Result<()> {
+    let offsets = linux.time_offsets().iter().flatten();
+    let line = |(clock, offset): (&String, &LinuxTimeOffset)| {
+        format!("{clock} {} {}\n", offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0))
+    };
+    let lines: String = offsets.map(line).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    fs::write("/proc/self/timens_offsets", &lines)
+        .context(|| format!("setting the container's clocks to {lines:?}"))
 }
 
 /// What the container's first process is forked into. The cgroup namespace is missing: its root is the
@@ -29,7 +66,7 @@ pub fn for_fork(user_namespace: bool) -> CloneFlags {
     flags
 }
 
-/// Joins the namespaces of the container's first process, all but the pid namespace, which only a fork can.
+/// Joins the namespaces of the container's first process, all but those that a fork is made into.
 pub fn join(init: impl AsFd, user_namespace: bool) -> Result<()> {
     let mut flags = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWUTS
@@ -44,7 +81,7 @@ pub fn write_id_maps(pid: Pid, users: &[LinuxIdMapping], groups: &[LinuxIdMappin
     for (file, maps) in [("uid_map", users), ("gid_map", groups)] {
         let path = format!("/proc/{pid}/{file}");
         let lines = id_map(maps);
-        std::fs::write(path, &lines).context(|| format!("writing the user namespace's {file} {lines:?}"))?;
+        fs::write(path, &lines).context(|| format!("writing the user namespace's {file} {lines:?}"))?;
     }
     Ok(())
 }

@@ -29,7 +29,9 @@ use crate::container::cgroup::Cgroup;
 use crate::container::tree::{self, Tree};
 use crate::container::{Container, hooks, namespaces, rootfs};
 use crate::error::{Context, Result, container_not_running, other};
-use crate::sys::process::{Child, close_all_but, close_on_exec_from, fork_into, set_terminal_size};
+use crate::sys::process::{
+    Child, close_all_but, close_on_exec_from, fork_into, open_process, set_terminal_size,
+};
 
 /// Set in a child, for the panic hook: a child must not take the guest down.
 pub static IS_CHILD: AtomicBool = AtomicBool::new(false);
@@ -133,21 +135,28 @@ fn fork(plan: &Launch<'_>) -> Result<Option<Child>> {
             let cgroup = plan.container.cgroup.open()?;
             let namespaces = namespaces::for_fork(plan.container.id_maps().is_some());
             // SAFETY: the agent has a single thread.
-            unsafe { fork_into(cgroup.as_fd(), namespaces) }.context(what)
+            let fork = || unsafe { fork_into(cgroup.as_fd(), namespaces) }.context(what);
+            match plan.container.clocks() {
+                Some(linux) => namespaces::with_clocks(linux, fork),
+                None => fork(),
+            }
         }
-        Place::Existing => fork_into_pid_namespace(plan.container),
+        Place::Existing => fork_into_namespaces(plan.container),
     }
 }
 
 /// A pid namespace is joined by children only: the agent joins for its children, forks, and returns. That
-/// spares the second fork of a child that joins by itself.
-fn fork_into_pid_namespace(container: &Container) -> Result<Option<Child>> {
+/// spares the second fork of a child that joins by itself. A time namespace it joins itself, for that moment: from within
+/// a user namespace it could not be joined.
+fn fork_into_namespaces(container: &Container) -> Result<Option<Child>> {
     let init = container.init.as_ref().ok_or_else(container_not_running)?;
-    let own = fs::File::open("/proc/self/ns/pid").context(|| "opening the agent's pid namespace")?;
-    sched::setns(&init.descriptor, CloneFlags::CLONE_NEWPID).map_err(|_| container_not_running())?;
+    let own = open_process(unistd::getpid()).context(|| "opening the agent's namespaces")?;
+    let mut namespaces = CloneFlags::CLONE_NEWPID;
+    namespaces.set(namespaces::TIME, container.clocks().is_some());
+    sched::setns(&init.descriptor, namespaces).map_err(|_| container_not_running())?;
     let forked = fork_beside(&container.cgroup, init.pid);
     if !matches!(forked, Ok(None)) {
-        sched::setns(&own, CloneFlags::CLONE_NEWPID).context(|| "returning to the agent's pid namespace")?;
+        sched::setns(&own, namespaces).context(|| "returning to the agent's namespaces")?;
     }
     forked
 }

@@ -25,6 +25,7 @@ crate::tests![
     sys_is_mounted_in_its_turn_in_a_user_namespace_too,
     streams_belong_to_the_user_in_a_user_namespace_too,
     an_exec_joins_the_user_namespace,
+    clocks_count_from_another_moment,
     scheduling_is_as_asked_for,
     processors_of_an_exec_are_as_asked_for,
     only_the_devices_of_the_rules_can_be_used,
@@ -242,6 +243,38 @@ fn chown_all(path: &std::path::Path, owner: u32) {
             chown_all(&entry.unwrap().path(), owner);
         }
     }
+}
+
+/// Asks for clocks that are ahead.
+fn shift_clocks(spec: &mut Value) {
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "time" }));
+    spec["linux"]["timeOffsets"] =
+        json!({ "boottime": { "secs": 1_000_000_000, "nanosecs": 5 }, "monotonic": { "secs": 7 } });
+}
+
+fn clocks_count_from_another_moment() {
+    const LOOK: &str = "cut -d . -f 1 /proc/uptime | cut -c 1; tr -s ' ' </proc/self/timens_offsets; \
+                        readlink /proc/self/ns/time";
+    let kept = |out: &str| out.starts_with("1\nmonotonic 7 0\nboottime 1000000000 5\n");
+    let mut host = Host::new();
+    let mut spec = container(&shell(&format!("{LOOK}; cat")));
+    shift_clocks(&mut spec);
+    let streams = host.start(&spec).unwrap();
+    let out = host.run_exec(1, &shell(LOOK)).success();
+    assert!(kept(&out), "{out}");
+    let first = host.finish(ProcessId::INIT, streams).success();
+    assert_eq!(first, out, "the first process and the other share a namespace");
+
+    let (mut host, mut spec) = with_user_namespace(&shell(LOOK));
+    shift_clocks(&mut spec);
+    let out = host.run(&spec).success();
+    assert!(kept(&out), "{out}");
+    spec["linux"]["timeOffsets"] = json!({ "monotonic": { "secs": -1_000_000_000 } });
+    let error = Host::new().start(&spec).map(drop).unwrap_err().message;
+    assert!(
+        error.starts_with("setting the container's clocks to \"monotonic -1000000000 0\\n\": "),
+        "{error}"
+    );
 }
 
 fn scheduling_is_as_asked_for() {

@@ -40,7 +40,7 @@ pub(super) fn possible(spec: &mut Spec, warnings: &mut Vec<String>) -> Result<()
     namespaces(linux, warnings)?;
     devices(linux, warnings)?;
     hardware(linux, warnings)?;
-    kernel_features(linux, warnings)?;
+    personality(linux, warnings);
     linux.resources().as_ref().map_or(Ok(()), |limits| resources::check(limits, "linux.resources", warnings))
 }
 
@@ -105,15 +105,11 @@ fn name_within(path: &Path) -> Result<OsString, Cause> {
     std::thread::spawn(look).join().map_err(|_| Cause::from(io::Error::other("the thread for it failed")))?
 }
 
-fn kernel_features(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleError> {
-    if linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()) {
-        return Err(impossible("linux.timeOffsets", "have a time namespace, and so shifted clocks"));
-    }
+fn personality(linux: &Linux, warnings: &mut Vec<String>) {
     let flags = linux.personality().as_ref().and_then(|personality| personality.flags().as_ref());
     if flags.is_some_and(|flags| !flags.is_empty()) {
         warnings.push("linux.personality.flags is ignored: the specification defines no flag".into());
     }
-    Ok(())
 }
 
 fn security_modules(spec: &Spec, warnings: &mut Vec<String>) {
@@ -149,8 +145,6 @@ fn namespaces(linux: &Linux, warnings: &mut Vec<String>) -> Result<(), BundleErr
     for (index, namespace) in list.iter().enumerate() {
         if let Some(path) = namespace.path() {
             joined(namespace, path, &format!("linux.namespaces[{index}].path"), warnings)?;
-        } else if namespace.typ() == LinuxNamespaceType::Time {
-            return Err(impossible(&format!("linux.namespaces[{index}]"), "have a time namespace"));
         }
     }
     Ok(())

@@ -118,7 +118,6 @@ fn every_broken_field_is_named_in_one_line() {
     let bound =
         |options: Value| json!({ "destination": "/x", "source": "/tmp", "type": "bind", "options": options });
     let cases = [
-        ("/process", Value::Null, "process: it is missing"),
         ("/ociVersion", json!("invalid"), "ociVersion: `invalid` is not a version"),
         ("/ociVersion", json!("1.2"), "ociVersion: `1.2` is not a version"),
         ("/annotations", json!({ "": "x" }), "annotations: a key is empty"),
@@ -231,6 +230,24 @@ fn a_capability_that_nobody_knows_is_told_of_and_not_given() {
 }
 
 #[test]
+fn clocks_are_those_of_a_time_namespace() {
+    let offsets = |clock: &str, nanoseconds: u32| {
+        let mut config = with("/linux/namespaces/-", json!({ "type": "time" }));
+        config["linux"]["timeOffsets"] = json!({ clock: { "secs": -5, "nanosecs": nanoseconds } });
+        config
+    };
+    let bundle = load(&offsets("monotonic", 7)).unwrap();
+    let shifted = json!({ "monotonic": { "secs": -5, "nanosecs": 7 } });
+    assert_eq!(guest(&bundle).pointer("/linux/timeOffsets"), Some(&shifted));
+    assert!(refusal(&offsets("realtime", 0)).contains("linux.timeOffsets.realtime: the clocks of a time"));
+    assert!(
+        refusal(&offsets("boottime", 1_000_000_000)).contains("linux.timeOffsets.boottime.nanosecs: it is a")
+    );
+    let without = with("/linux/timeOffsets", json!({ "boottime": { "secs": 1 } }));
+    assert!(refusal(&without).contains("linux.timeOffsets.boottime: there is no time namespace"));
+}
+
+#[test]
 fn the_propagation_of_the_root_may_be_left_empty() {
     let bundle = load(&with("/linux/rootfsPropagation", json!(""))).unwrap();
     assert_eq!(guest(&bundle).pointer("/linux/rootfsPropagation"), None);
@@ -315,7 +332,7 @@ fn a_description_made_in_memory_is_checked_too() {
     let spec: Spec = serde_json::from_value(config()).unwrap();
     assert!(Bundle::from_spec(directory.path(), spec.clone()).is_ok());
     let mut without = spec;
-    without.set_process(None);
+    without.set_root(None);
     assert!(Bundle::from_spec(directory.path(), without).is_err());
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec};
+use oci_spec::runtime::{Hook, Hooks, Linux, LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec};
 use rvm_protocol::MOST_OPEN_FILES;
 
 use super::error::BundleError;
@@ -28,9 +28,9 @@ pub(super) fn spec(spec: &mut Spec, bundle: &Path, warnings: &mut Vec<String>) -
     if spec.annotations().as_ref().is_some_and(|annotations| annotations.contains_key("")) {
         return Err(field("annotations", "a key is empty"));
     }
-    match spec.process() {
-        Some(description) => process(description, CONFIG, "process.", warnings)?,
-        None => return Err(field("process", "it is missing")),
+    // The specification wants it by `start` only, where the guest finds it missing.
+    if let Some(description) = spec.process() {
+        process(description, CONFIG, "process.", warnings)?;
     }
     let Some(linux) = spec.linux() else { return Err(field("linux", "it is missing")) };
     if let Some(name) =
@@ -126,6 +126,23 @@ fn namespaces(spec: &Spec) -> Result<(), BundleError> {
             }
             (false, true) => return Err(field(format!("linux.{name}"), "a user namespace needs a mapping")),
             _ => {}
+        }
+    }
+    clocks(linux, seen.contains(&LinuxNamespaceType::Time))
+}
+
+/// Checks by how much the clocks of a time namespace differ from those outside.
+fn clocks(linux: &Linux, has_namespace: bool) -> Result<(), BundleError> {
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        let name = format!("linux.timeOffsets.{clock}");
+        if !has_namespace {
+            return Err(field(name, "there is no time namespace to set the clock of"));
+        }
+        if !["monotonic", "boottime"].contains(&clock.as_str()) {
+            return Err(field(name, "the clocks of a time namespace are `monotonic` and `boottime`"));
+        }
+        if offset.nanosecs().is_some_and(|nanoseconds| nanoseconds >= 1_000_000_000) {
+            return Err(field(format!("{name}.nanosecs"), "it is a second or more"));
         }
     }
     Ok(())

@@ -14,6 +14,7 @@ use crate::command::{eventually, run};
 pub const STORIES: &[(&str, Story)] = &[
     ("each_operation_has_its_states", each_operation_has_its_states),
     ("a_container_that_was_never_started_can_be_ended", a_container_that_was_never_started_can_be_ended),
+    ("a_container_without_a_process_cannot_be_started", a_container_without_a_process_cannot_be_started),
 ];
 
 fn bundle() -> Result<Bundle> {
@@ -116,4 +117,14 @@ fn a_container_that_was_never_started_can_be_ended() -> Result<()> {
         run(runtime, &["delete", "--force", "story"])?.expect_code(0)?;
     }
     Ok(())
+}
+
+/// runc does not even create it, which the specification wants.
+fn a_container_without_a_process_cannot_be_started() -> Result<()> {
+    let bundle = bundle()?.edit(|config| config["process"] = Value::Null)?;
+    create("rvm", &bundle)?.expect_code(0)?;
+    ensure_state("rvm", &bundle, "created")?;
+    run("rvm", START)?.expect_failure(&["has no process"])?;
+    eventually("it has stopped", || Ok(state("rvm")?["status"] == "stopped"))?;
+    run("rvm", DELETE)?.expect_code(0).map(drop)
 }

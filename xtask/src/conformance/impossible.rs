@@ -14,12 +14,17 @@ pub struct Impossible {
 }
 
 const NO_NAMESPACE_OF_THE_HOST: &str = "A guest cannot be in the host's pid, IPC and network namespaces, so a container that inherits one is refused.";
-const TOLD_AT_THE_START: &str = "The guest meets what its kernel refuses when the container is started, and the case looks for the error of `create` only.";
 const NO_DESCRIPTORS: &str =
     "A file descriptor of the host means nothing in the guest, so `--preserve-fds` is refused.";
 
 /// The list.
 pub const LIST: &[Impossible] = &[
+    Impossible {
+        suite: "validation",
+        part: "linux_cgroups_network",
+        cases: &["comes to its end"],
+        reason: "A guest cannot be in the host's network namespace, so the program's containers that inherit it are refused.",
+    },
     Impossible {
         suite: "validation",
         part: "linux_ns_itype",
@@ -94,18 +99,6 @@ pub const LIST: &[Impossible] = &[
         reason: "Network devices of the host cannot move into the guest, so `linux.netDevices`, which runc 1.1 ignores, is refused.",
     },
     Impossible { suite: "contest", part: "ns_itype", cases: &["ns_itype"], reason: NO_NAMESPACE_OF_THE_HOST },
-    Impossible {
-        suite: "contest",
-        part: "process_capabilities_bounding",
-        cases: &["bounding_unset_with_other_caps_fails_test"],
-        reason: TOLD_AT_THE_START,
-    },
-    Impossible {
-        suite: "contest",
-        part: "process_rlimits_fail",
-        cases: &["process_rlimits_fail_test"],
-        reason: TOLD_AT_THE_START,
-    },
     Impossible {
         suite: "contest",
         part: "root_readonly",
