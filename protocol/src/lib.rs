@@ -16,14 +16,14 @@ pub mod stream;
 
 pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};
 pub use message::{
-    AgentError, AgentErrorKind, ExecProcess, ExitStatus, FromAgent, GuestProcess, ProcessId, Reply, Request,
-    SeccompProgram, StandardStreams, StartContainer, ToAgent,
+    AgentError, AgentErrorKind, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
+    Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
 };
 pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;

@@ -24,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat;
 use nix::unistd;
 use oci_spec::runtime::{LinuxIdMapping, LinuxResources, Process, Spec};
-use rvm_protocol::{ROOTFS_TAG, StartContainer};
+use rvm_protocol::{HostMount, ROOTFS_TAG, StartContainer};
 
 use self::cgroup::Cgroup;
 use crate::error::{Context, Result, other};
@@ -83,8 +83,8 @@ pub struct Container {
     /// A detached mount of sysfs for a container with a user namespace: sysfs belongs to the network
     /// namespace, which is the guest's, so the container's own root may not make one.
     pub sysfs: Option<OwnedFd>,
-    /// Mount points below its volumes, from its root.
-    pub submounts: Vec<String>,
+    /// Mounts of the host in its tree: those below its volumes, and those that are restricted.
+    pub host_mounts: Vec<HostMount>,
     /// The program that decides which devices it may use.
     device_rules: OwnedFd,
     settings: Settings,
@@ -117,7 +117,7 @@ impl Container {
             cgroup,
             init: None,
             sysfs,
-            submounts: start.submounts.clone(),
+            host_mounts: start.host_mounts.clone(),
             device_rules,
             settings: settings.clone(),
         })
