@@ -82,12 +82,13 @@ fn furnish(container: &Container, root: &Tree, wants_terminal: bool) -> Result<O
     let umask = stat::umask(Mode::empty());
     let sysfs = container.sysfs.as_ref().map(OwnedFd::try_clone).transpose();
     let sysfs = sysfs.context(|| "taking the container's sysfs")?;
-    for mount in &container.host_mounts {
-        // To look is to mount: a copy of a volume has those with it that are there. One may have gone since.
-        if let Ok(found) = pristine.find(Path::new(&mount.path)) {
-            restrict(&found, mount.attributes)
-                .context(|| format!("restricting the mount {:?}", mount.path))?;
-        }
+    // To look is to mount: a copy of a volume has those with it that are there. One may have gone since. All of them come
+    // first, for what is mounted below a restricted one later is restricted as well.
+    let host_mounts = container.host_mounts.iter();
+    let found: Vec<_> =
+        host_mounts.filter_map(|mount| Some((mount, pristine.find(Path::new(&mount.path)).ok()?))).collect();
+    for (mount, found) in &found {
+        restrict(found, mount.attributes).context(|| format!("restricting the mount {:?}", mount.path))?;
     }
     let mut mounter = Mounter::new(&pristine, root, sysfs);
     for entry in spec.mounts().iter().flatten() {
