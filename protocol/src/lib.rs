@@ -16,8 +16,8 @@ pub mod stream;
 
 pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};
 pub use message::{
-    AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, ProcessId, Reply,
-    Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
+    AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
+    Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
 };
 pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};

@@ -111,9 +111,9 @@ pub struct StartContainer {
     pub hook_state: String,
     /// Memory that the workload may use, in bytes, where limited.
     pub memory_limit: Option<u64>,
-    /// Mount points below volumes, from the root of the container: the guest mounts them with the volume, and not only
-    /// when somebody comes by.
-    pub submounts: Vec<String>,
+    /// Mounts of the host in the container's tree that the guest has to know of: those below volumes, which it mounts with
+    /// the volume and not only when somebody comes by, and those that are restricted.
+    pub host_mounts: Vec<HostMount>,
     /// The machine's disks.
     pub disks: Vec<Disk>,
 }
@@ -127,6 +127,16 @@ pub struct Disk {
     pub major: u32,
     /// The minor one.
     pub minor: u32,
+}
+
+/// A mount that the host has made in the container's tree.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMount {
+    /// Where, from the root of the container.
+    pub path: String,
+    /// How it is restricted: `MOUNT_ATTR_*` of `mount_setattr(2)`. What programs may be executed, which devices opened
+    /// and whose rights assumed is for the kernel to say that does it.
+    pub attributes: u64,
 }
 
 /// A seccomp filter that the host compiled.

@@ -13,6 +13,8 @@ pub(crate) struct MountEntry {
     pub root: PathBuf,
     /// Where.
     pub mount_point: PathBuf,
+    /// Options of the mount.
+    pub options: Vec<String>,
     /// Type of the file system.
     pub file_system: String,
     /// Options of the superblock.
@@ -29,11 +31,16 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|byte| *byte == b' ');
     let root = path(fields.nth(3)?);
     let mount_point = path(fields.next()?);
+    let options = words(fields.next()?);
     // Optional fields end with a lone hyphen.
     fields.find(|field| *field == b"-")?;
     let file_system = String::from_utf8_lossy(fields.next()?).into_owned();
-    let super_options = String::from_utf8_lossy(fields.nth(1)?).split(',').map(str::to_owned).collect();
-    Some(MountEntry { root, mount_point, file_system, super_options })
+    let super_options = words(fields.nth(1)?);
+    Some(MountEntry { root, mount_point, options, file_system, super_options })
+}
+
+fn words(field: &[u8]) -> Vec<String> {
+    String::from_utf8_lossy(field).split(',').map(str::to_owned).collect()
 }
 
 /// The kernel writes blanks, newlines and backslashes of a path as three octal digits.

@@ -25,6 +25,11 @@ pub const STORIES: &[(&str, Story)] = &[
     ("locks_end_at_the_wall", locks_end_at_the_wall),
 ];
 
+/// Prints mount points and options, of several mounts at one place those of the one on top.
+const VISIBLE_MOUNTS: &str = "awk '{above[$2, $5] = 1; place[$1] = $5; how[$1] = $6} \
+                              END {for (id in place) if (!((id, place[id]) in above)) print place[id], how[id]}' \
+                              /proc/self/mountinfo | sort";
+
 /// A directory of the host, on a disk, that users of containers get to.
 fn folder() -> Result<TempDir> {
     let folder = tempfile::Builder::new().prefix("e2e-volume").tempdir_in("/var/tmp")?;
@@ -87,8 +92,10 @@ fn mounts_of_every_kind() -> Result<()> {
         cat /etc/of-host; ls /copied | head -3; ls /not-copied | wc -l; \
         stat -c '%a %u %g' /scratch /named /etc/of-host; df -k /scratch | awk 'NR==2 {print $2}'; \
         printf '#!/bin/sh\\necho ran\\n' >/scratch/run; chmod 755 /scratch/run; /scratch/run; \
-        head -c 200k /dev/zero >/scratch/big; stat -c %s /scratch/big; \
-        awk '$5 ~ \"^/(deep|flat|all|ro|named|anonymous|scratch|file-ro|etc/of-host)\" {print $5, $6}' /proc/self/mountinfo";
+        head -c 200k /dev/zero >/scratch/big; stat -c %s /scratch/big;";
+    let steps = format!(
+        "{STEPS} {VISIBLE_MOUNTS} | grep -E '^/(deep|flat|all|ro|named|anonymous|scratch|file-ro|etc/of)'"
+    );
     same(|docker| {
         let folder = folder()?;
         let host = path(folder.path());
@@ -117,7 +124,7 @@ fn mounts_of_every_kind() -> Result<()> {
             "busybox",
             "sh",
             "-c",
-            STEPS,
+            &steps,
         ]);
         let shown = docker.run(&words).map(|outcome| told(&outcome));
         let found = shell(&format!("cd {host} && find . -type f | sort; cat single"))?.text();
@@ -139,8 +146,7 @@ fn without_access_times(text: &str) -> String {
 
 /// What a bundle says of its mounts, without an engine.
 fn options_of_mounts_hold() -> Result<()> {
-    const STEPS: &str = "cd /volume; ./run; ./link; cat null; echo x >new; cp /bin/busybox id && chmod 4755 id; setpriv --reuid 1000 ./id id -u; \
-                         awk '$5 ~ \"^/volume\" {print $6}' /proc/self/mountinfo";
+    const STEPS: &str = "cd /volume; ./run; ./link; cat null; echo x >new";
     let all = ["bind", "nosuid", "nodev", "noexec"];
     let sets: [&[&str]; 6] = [
         &["bind"],
@@ -150,13 +156,14 @@ fn options_of_mounts_hold() -> Result<()> {
         &["bind", "noexec", "nosymfollow"],
         &["bind", "nodev", "noatime"],
     ];
+    let steps = format!("{STEPS}; {VISIBLE_MOUNTS} | grep ^/volume");
     for options in sets {
         let folder = folder()?;
         let prepare = "printf '#!/bin/sh\\necho ran\\n' >run && chmod 755 run && mknod null c 1 3 && chmod 666 null && \
                        ln -s run link";
         shell(&format!("cd {} && {prepare}", path(folder.path())))?.expect_code(0)?;
         let shown = |runtime: &str| -> Result<String> {
-            let bundle = Bundle::new(&["sh", "-c", STEPS])?.edit(|config| {
+            let bundle = Bundle::new(&["sh", "-c", &steps])?.edit(|config| {
                 let volume = serde_json::json!({
                     "destination": "/volume", "type": "bind", "source": folder.path(), "options": options,
                 });
@@ -165,7 +172,7 @@ fn options_of_mounts_hold() -> Result<()> {
                 }
                 config["linux"]["resources"] = serde_json::json!({});
             })?;
-            shell(&format!("rm -f {0}/new {0}/id", path(folder.path())))?;
+            shell(&format!("rm -f {}/new", path(folder.path())))?;
             let outcome = run(runtime, &["run", "--bundle", bundle.path(), &format!("e2e-{runtime}")])?;
             Ok(without_access_times(&told(&outcome)))
         };
@@ -178,8 +185,8 @@ fn options_of_mounts_hold() -> Result<()> {
 /// A named volume that is a file system of its own, with options.
 fn options_of_an_engines_volume_hold() -> Result<()> {
     const STEPS: &str = "cd /volume; printf '#!/bin/sh\\necho ran\\n' >run; chmod 755 run; ./run; \
-                         mknod null c 1 3; cat null; cp /bin/busybox id; chmod 4755 id; \
-                         setpriv --reuid 1000 ./id id -u; head -c 100k /dev/zero >big; stat -c %s big; \
+                         mknod null c 1 3; cat null; cp /usr/bin/id id; chmod 4755 id; \
+                         setpriv --reuid 1000 ./id -u; head -c 100k /dev/zero >big; stat -c %s big; \
                          df -k . | awk 'NR==2 {print $2}'";
     same(|docker_with| {
         let mut shown = String::new();
@@ -189,7 +196,7 @@ fn options_of_an_engines_volume_hold() -> Result<()> {
             let create = ["volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "-o", &option, &name];
             docker(&create)?.expect_code(0)?;
             let volume = format!("{name}:/volume");
-            let outcome = docker_with.run(&["-v", &volume, "busybox", "sh", "-c", STEPS]);
+            let outcome = docker_with.run(&["-v", &volume, "debian", "sh", "-c", STEPS]);
             docker_volumes_are_gone(&name)?;
             shown += &told(&outcome?);
         }

@@ -25,7 +25,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat;
 use nix::unistd;
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxResources, Process, Spec};
-use rvm_protocol::{ROOTFS_TAG, StartContainer};
+use rvm_protocol::{HostMount, ROOTFS_TAG, StartContainer};
 
 use self::cgroup::Cgroup;
 use self::disks::Disks;
@@ -85,8 +85,8 @@ pub struct Container {
     /// A detached mount of sysfs for a container with a user namespace: sysfs belongs to the network
     /// namespace, which is the guest's, so the container's own root may not make one.
     pub sysfs: Option<OwnedFd>,
-    /// Mount points below its volumes, from its root.
-    pub submounts: Vec<String>,
+    /// Mounts of the host in its tree: those below its volumes, and those that are restricted.
+    pub host_mounts: Vec<HostMount>,
     /// Its disks.
     disks: Disks,
     /// The program that decides which devices it may use.
@@ -123,7 +123,7 @@ impl Container {
             cgroup,
             init: None,
             sysfs,
-            submounts: start.submounts.clone(),
+            host_mounts: start.host_mounts.clone(),
             disks,
             device_rules,
             settings: settings.clone(),

@@ -82,9 +82,13 @@ fn furnish(container: &Container, root: &Tree, wants_terminal: bool) -> Result<O
     let umask = stat::umask(Mode::empty());
     let sysfs = container.sysfs.as_ref().map(OwnedFd::try_clone).transpose();
     let sysfs = sysfs.context(|| "taking the container's sysfs")?;
-    for path in &container.submounts {
-        // To look is to mount: a copy of a volume has those with it that are there. One may have gone since.
-        let _ = pristine.find(Path::new(path));
+    // To look is to mount: a copy of a volume has those with it that are there. One may have gone since. All of them come
+    // first, for what is mounted below a restricted one later is restricted as well.
+    let host_mounts = container.host_mounts.iter();
+    let found: Vec<_> =
+        host_mounts.filter_map(|mount| Some((mount, pristine.find(Path::new(&mount.path)).ok()?))).collect();
+    for (mount, found) in &found {
+        restrict(found, mount.attributes).context(|| format!("restricting the mount {:?}", mount.path))?;
     }
     let mut mounter = Mounter::new(&pristine, root, sysfs);
     for entry in spec.mounts().iter().flatten() {
@@ -101,6 +105,17 @@ fn furnish(container: &Container, root: &Tree, wants_terminal: bool) -> Result<O
         .context(|| format!("making the working directory {}", directory.display()))?;
     mounter.finish()?;
     Ok(terminal)
+}
+
+/// Restricts a mount of the host as the host has it. A single file is mounted on itself for that.
+fn restrict(found: &OwnedFd, attributes: u64) -> nix::Result<()> {
+    let change = Change::attributes(attributes, 0);
+    if attributes == 0 || tree::is_directory(found)? {
+        return mount::change(found, change, false);
+    }
+    let copy = mount::clone_mount(found, false)?;
+    mount::change(&copy, change, false)?;
+    mount::attach(&copy, found)
 }
 
 fn protect(linux: &Linux, root: &Tree) -> Result<()> {

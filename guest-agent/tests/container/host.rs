@@ -296,7 +296,7 @@ fn start_request(spec: &Value, streams: StandardStreams, seccomp: Option<Seccomp
         seccomp,
         hook_state: json!({ "ociVersion": "1.2.0", "id": "test", "bundle": "/bundle" }).to_string(),
         memory_limit: None,
-        submounts: Vec::new(),
+        host_mounts: Vec::new(),
         disks: Vec::new(),
     };
     Request::Start(Box::new(start))

@@ -23,6 +23,7 @@ fn entry(file_system: &str, mount_point: &str, root: &str, options: &str) -> Mou
     MountEntry {
         root: root.into(),
         mount_point: mount_point.into(),
+        options: Vec::new(),
         file_system: file_system.into(),
         super_options: options.split(',').map(str::to_owned).collect(),
     }

@@ -172,7 +172,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         debug: request.log.is_debug(),
         tied: request.throw_away.is_some(),
         timeline: request.timeline.clone(),
-        submounts: Vec::new(),
+        host_mounts: Vec::new(),
     };
     let handle = Folder::open(request.root, request.id.as_str()).map_err(system("cannot open the folder"))?;
     let mut descriptors =

@@ -161,7 +161,7 @@ impl Service {
             seccomp: self.setup.seccomp.clone(),
             hook_state: created_state(&self.setup.hook_state),
             memory_limit: self.setup.shape.memory_limit,
-            submounts: std::mem::take(&mut self.setup.submounts),
+            host_mounts: std::mem::take(&mut self.setup.host_mounts),
             disks: self.disks(),
         };
         self.request(Request::Start(Box::new(start)), Pending::Start);

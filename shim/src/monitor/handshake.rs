@@ -7,7 +7,7 @@
 
 use std::path::PathBuf;
 
-use rvm_protocol::SeccompProgram;
+use rvm_protocol::{HostMount, SeccompProgram};
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::HostDisk;
@@ -74,7 +74,7 @@ pub struct Setup {
     pub tied: bool,
     /// What has passed so far.
     pub timeline: Timeline,
-    /// Mount points below volumes, which the monitor finds out itself.
+    /// Mounts that the guest has to know of, which the monitor finds out itself.
     #[serde(skip)]
-    pub submounts: Vec<String>,
+    pub host_mounts: Vec<HostMount>,
 }

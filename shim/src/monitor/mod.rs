@@ -201,8 +201,8 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     setup::enter_namespaces(&spec)?;
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
-    setup.submounts =
-        rootfs::submounts(&setup.rootfs).map_err(MonitorError::system("cannot read the table of mounts"))?;
+    setup.host_mounts = rootfs::host_mounts(&setup.rootfs)
+        .map_err(MonitorError::system("cannot read the table of mounts"))?;
     setup.timeline.mark(Phase::RootfsReady);
     let built = boot::build(setup.shape, kernel, agent, disks, &mut setup.timeline)?;
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;

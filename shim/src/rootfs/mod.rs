@@ -12,7 +12,7 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{chdir, fchdir, pivot_root};
 use oci_spec::runtime::{Mount, Spec};
-use rvm_protocol::AgentError;
+use rvm_protocol::{AgentError, HostMount};
 
 pub use overlay::Overlay;
 
@@ -34,8 +34,8 @@ use crate::cause::Cause;
 use crate::mountinfo::{self, MountEntry};
 use walk::Leaf;
 
-/// Of a volume that is a whole host, the guest is told of no more mounts below it.
-const MOST_SUBMOUNTS: usize = 256;
+/// Of a volume that is a whole host, the guest is told of no more mounts.
+const MOST_HOST_MOUNTS: usize = 256;
 
 /// Why the container's file tree could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -273,27 +273,49 @@ impl Rootfs {
     }
 }
 
-/// The mount points below volumes of the tree at `root`, from there. Those that come after the most are found by the guest
-/// when somebody enters them; so are those whose names are no text.
-pub fn submounts(root: &Path) -> Result<Vec<String>, Cause> {
-    Ok(nested(root, &mountinfo::read()?))
+/// The mounts of the tree at `root` that the guest has to know of: those below volumes, and those that are restricted.
+/// Of too many, those below volumes are found by the guest when somebody enters them; so are those whose names are no
+/// text.
+pub fn host_mounts(root: &Path) -> Result<Vec<HostMount>, Cause> {
+    Ok(noteworthy(root, &mountinfo::read()?))
 }
 
-fn nested(root: &Path, mounts: &[MountEntry]) -> Vec<String> {
-    let inside: Vec<&Path> = mounts
+fn noteworthy(root: &Path, mounts: &[MountEntry]) -> Vec<HostMount> {
+    let inside: Vec<(&Path, u64)> = mounts
         .iter()
-        .filter_map(|mount| mount.mount_point.strip_prefix(root).ok())
-        .filter(|path| !path.as_os_str().is_empty())
+        .filter_map(|mount| Some((mount.mount_point.strip_prefix(root).ok()?, restrictions(&mount.options))))
+        .filter(|(path, _)| !path.as_os_str().is_empty())
         .collect();
-    let outer: HashSet<&Path> = inside.iter().copied().collect();
-    let is_nested = |path: &&&Path| path.ancestors().skip(1).any(|above| outer.contains(above));
-    inside
+    let outer: HashSet<&Path> = inside.iter().map(|(path, _)| *path).collect();
+    let is_nested = |path: &Path| path.ancestors().skip(1).any(|above| outer.contains(above));
+    // Of several at one place the last is seen.
+    let last: HashMap<&Path, u64> = inside.iter().copied().collect();
+    let mut places = HashSet::new();
+    let mut noteworthy: Vec<_> = inside
         .iter()
-        .filter(is_nested)
-        .filter_map(|path| path.to_str())
-        .map(str::to_owned)
-        .take(MOST_SUBMOUNTS)
-        .collect()
+        .map(|(path, _)| *path)
+        .filter(|path| places.insert(*path))
+        .map(|path| (path, last.get(path).copied().unwrap_or(0)))
+        .filter(|(path, attributes)| *attributes != 0 || is_nested(path))
+        .filter_map(|(path, attributes)| Some(HostMount { path: path.to_str()?.to_owned(), attributes }))
+        .collect();
+    // What is restricted must not be forgotten.
+    noteworthy.sort_by_key(|mount| mount.attributes == 0);
+    noteworthy.truncate(MOST_HOST_MOUNTS);
+    noteworthy
+}
+
+/// What the options of a mount forbid. The host forbids to write by itself; it is for the guest to show.
+fn restrictions(options: &[String]) -> u64 {
+    let attribute = |option: &String| match option.as_str() {
+        "ro" => libc::MOUNT_ATTR_RDONLY,
+        "nosuid" => libc::MOUNT_ATTR_NOSUID,
+        "nodev" => libc::MOUNT_ATTR_NODEV,
+        "noexec" => libc::MOUNT_ATTR_NOEXEC,
+        "nosymfollow" => libc::MOUNT_ATTR_NOSYMFOLLOW,
+        _ => 0,
+    };
+    options.iter().map(attribute).fold(0, |all, attribute| all | attribute)
 }
 
 /// Stops mounts of this namespace from appearing in the host's; unmounts on the host are still followed, so that

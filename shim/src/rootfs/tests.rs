@@ -328,8 +328,31 @@ fn mounts_below_volumes_are_known_by_their_places_in_the_container() {
         mount(Some("x"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let mounts = json!([guest_mount("/proc", "proc"), stage.bind("volume", "/data", &["rbind"])]);
         let rootfs = stage.prepare(mounts, false).unwrap();
-        assert_eq!(submounts(&stage.path("rootfs").canonicalize().unwrap()).unwrap(), ["data/nested"]);
+        let nested = HostMount { path: "data/nested".into(), attributes: 0 };
+        assert_eq!(host_mounts(&stage.path("rootfs").canonicalize().unwrap()).unwrap(), [nested]);
         rootfs.pivot().unwrap();
         mount_proc();
     });
+}
+
+#[test]
+fn restrictions_of_mounts_are_known_wherever_they_come_from() {
+    let entry = |place: &str, options: &[&str]| MountEntry {
+        root: "/".into(),
+        mount_point: Path::new("/root").join(place),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+        file_system: "ext4".into(),
+        super_options: vec!["ro".into()],
+    };
+    let mounts = [
+        entry("", &["ro", "noexec"]),
+        entry("data", &["rw", "relatime"]),
+        entry("data/in", &["rw"]),
+        entry("twice", &["rw", "noexec"]),
+        entry("twice", &["rw", "nosuid", "nodev"]),
+        MountEntry { mount_point: "/elsewhere".into(), ..entry("", &["ro"]) },
+    ];
+    let expected = [("twice", libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV), ("data/in", 0)];
+    let expected = expected.map(|(path, attributes)| HostMount { path: path.into(), attributes });
+    assert_eq!(noteworthy(Path::new("/root"), &mounts), expected);
 }
