@@ -70,7 +70,7 @@ fn wait_until_ready(id: &str) -> Result<()> {
 fn database_lives_twice() -> Result<()> {
     let prepare = "chown postgres /data && cd / && pg=$(ls -d /usr/lib/postgresql/*/bin) && \
                    { test -s /data/PG_VERSION || setpriv --reuid postgres --regid postgres --clear-groups \
-                   $pg/initdb -D /data -A trust >/dev/null; } && mkdir -p /run/postgresql && \
+                   $pg/initdb -D /data -A trust --no-sync >/dev/null; } && mkdir -p /run/postgresql && \
                    chown postgres /run/postgresql && exec setpriv --reuid postgres --regid postgres --clear-groups \
                    $pg/postgres -D /data";
     let start = || docker_start(&["-v", "story-data:/data", "debian", "sh", "-c", prepare]);
