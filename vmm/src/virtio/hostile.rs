@@ -98,19 +98,19 @@ pub fn attack(device: Box<dyn VirtioDevice>, input: &[u8]) {
 }
 
 /// Bytes that turn to zeroes after their end.
-struct Input<'a>(&'a [u8]);
+pub(super) struct Input<'a>(pub(super) &'a [u8]);
 
 impl Input<'_> {
-    fn byte(&mut self) -> u8 {
+    pub(super) fn byte(&mut self) -> u8 {
         let [byte] = self.array();
         byte
     }
 
-    fn word(&mut self) -> u32 {
+    pub(super) fn word(&mut self) -> u32 {
         u32::from_le_bytes(self.array())
     }
 
-    fn array<const N: usize>(&mut self) -> [u8; N] {
+    pub(super) fn array<const N: usize>(&mut self) -> [u8; N] {
         let mut array = [0; N];
         let (now, later) = self.0.split_at(N.min(self.0.len()));
         array[..now.len()].copy_from_slice(now);

@@ -21,6 +21,7 @@ use super::server::FileServer;
 use super::thread::enter;
 use super::wire::opcode::*;
 use crate::virtio::ActiveQueue;
+use crate::virtio::hostile::Input;
 use crate::virtio::virtqueue::Virtqueue;
 
 const MEMORY: usize = 4 << 20;
@@ -236,28 +237,12 @@ impl Guest {
     }
 }
 
-/// Bytes that turn to zeroes after their end.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn array<const N: usize>(&mut self) -> [u8; N] {
-        let mut array = [0; N];
-        let (now, later) = self.0.split_at(N.min(self.0.len()));
-        array[..now.len()].copy_from_slice(now);
-        self.0 = later;
-        array
-    }
-
-    fn byte(&mut self) -> u8 {
-        let [byte] = self.array();
-        byte
-    }
-
     /// A field's value: mostly a number that something has, a set of flags, or a size.
     fn number(&mut self) -> u64 {
         match self.byte() {
             small @ 0..160 => u64::from(small % 40),
-            160..200 => u64::from(u32::from_le_bytes(self.array())),
+            160..200 => u64::from(self.word()),
             200..230 => 1 << (self.byte() % 64),
             230..250 => 4096,
             _ => u64::from_le_bytes(self.array()),
@@ -301,7 +286,7 @@ impl Input<'_> {
             }
             230..240 => arguments.truncate(arguments.len() / 2),
             240..250 => arguments.extend(self.array::<16>()),
-            250.. => opcode = u32::from_le_bytes(self.array()),
+            250.. => opcode = self.word(),
             _ => {}
         }
         let user = [0, 1000][usize::from(self.byte() % 2)];
