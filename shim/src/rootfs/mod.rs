@@ -286,10 +286,9 @@ fn noteworthy(root: &Path, mounts: &[MountEntry]) -> Vec<HostMount> {
         .filter_map(|mount| Some((mount.mount_point.strip_prefix(root).ok()?, restrictions(&mount.options))))
         .filter(|(path, _)| !path.as_os_str().is_empty())
         .collect();
-    let outer: HashSet<&Path> = inside.iter().map(|(path, _)| *path).collect();
-    let is_nested = |path: &Path| path.ancestors().skip(1).any(|above| outer.contains(above));
     // Of several at one place the last is seen.
     let last: HashMap<&Path, u64> = inside.iter().copied().collect();
+    let is_nested = |path: &Path| path.ancestors().skip(1).any(|above| last.contains_key(above));
     let mut places = HashSet::new();
     let mut noteworthy: Vec<_> = inside
         .iter()
