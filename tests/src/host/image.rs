@@ -167,13 +167,8 @@ impl Build<'_> {
     fn install(&self, title: &str, tree: &Path, packages: &[&str]) -> Result<()> {
         let mut progress = Progress::bar(title, 100);
         let mut steps = packages::Steps::default();
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh"]);
-        // The tree's own apt knows nothing of this machine's configuration.
-        if let Some(proxy) = mirror::apt_proxy()? {
-            command.env("http_proxy", proxy);
-        }
-        command.arg(recipe::INSTALL_PACKAGES.write_to(self.directory)?).arg(tree).args(packages);
+        let mut command = self.in_tree(recipe::INSTALL_PACKAGES, tree)?;
+        command.args(packages);
         process::run_logged(&mut command, &self.log, |line| {
             progress.note(line);
             progress.set(steps.percent_after(line));
@@ -185,16 +180,23 @@ impl Build<'_> {
     fn unpack_older(&self, tree: &Path) -> Result<()> {
         let (release, packages) = recipe::OLDER_PACKAGES;
         let progress = Progress::spinner(&format!("Engines of Debian {release}"));
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh"]);
-        if let Some(proxy) = mirror::apt_proxy()? {
-            command.env("http_proxy", proxy);
-        }
-        command.arg(recipe::UNPACK_OLDER_PACKAGES.write_to(self.directory)?).arg(tree);
+        let mut command = self.in_tree(recipe::UNPACK_OLDER_PACKAGES, tree)?;
         command.args([&mirror::debian_mirror()?, release]).args(packages);
         process::run_logged(&mut command, &self.log, |line| progress.note(line))?;
         progress.finish();
         Ok(())
+    }
+
+    /// A script that has the tree's own apt work, with mounts that end with it.
+    fn in_tree(&self, script: BuildScript, tree: &Path) -> Result<Command> {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh"]);
+        // That apt knows nothing of this machine's configuration.
+        if let Some(proxy) = mirror::apt_proxy()? {
+            command.env("http_proxy", proxy);
+        }
+        command.arg(script.write_to(self.directory)?).arg(tree);
+        Ok(command)
     }
 
     fn script(&self, script: BuildScript, arguments: &[&Path]) -> Result<()> {
