@@ -27,6 +27,15 @@ pub struct Setup<'a> {
     pub older: bool,
 }
 
+/// Who makes images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Builder {
+    /// Runs each step as a container of the daemon's.
+    Classic,
+    /// Runs each step by itself.
+    BuildKit,
+}
+
 /// It ends, with all that it holds, when it is dropped.
 pub struct Daemon {
     docker: Child,
@@ -51,6 +60,12 @@ impl Daemon {
     /// `docker` with these arguments, at this daemon.
     pub fn docker(&self, arguments: &[&str]) -> Result<Outcome> {
         run("docker", &[&["-H", &self.address()], arguments].concat())
+    }
+
+    /// `docker build` with these arguments, by the classic builder or by BuildKit.
+    pub fn build(&self, builder: Builder, arguments: &[&str]) -> Result<Outcome> {
+        let choice = if builder == Builder::BuildKit { "DOCKER_BUILDKIT=1" } else { "DOCKER_BUILDKIT=0" };
+        run("env", &[&[choice, "docker", "-H", &self.address(), "build"], arguments].concat())
     }
 
     /// Where it listens, as `docker -H` wants it.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::Story;
 use crate::command::{ensure_guest_kernel, shell};
-use crate::daemon::{Daemon, Setup};
+use crate::daemon::{Builder, Daemon, Setup};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("a_dockerfile_builds_in_microvms", a_dockerfile_builds_in_microvms),
@@ -26,8 +26,7 @@ fn a_dockerfile_builds_in_microvms() -> Result<()> {
     fs::write(folder.path().join("Dockerfile"), dockerfile)?;
     fs::write(folder.path().join("page.html"), "<p>page</p>\n")?;
     let path = folder.path().display().to_string();
-    let build = format!("DOCKER_BUILDKIT=0 docker -H {} build -t tutorial {path}", daemon.address());
-    shell(&build)?.expect_code(0)?;
+    daemon.build(Builder::Classic, &["-t", "tutorial", &path])?.expect_code(0)?;
     let seen = daemon.docker(&["run", "--rm", "tutorial"])?.expect_code(0)?.text();
     let lines: Vec<_> = seen.lines().collect();
     let [greeting, page, kernel, owner] = lines[..] else { anyhow::bail!("the image printed {seen}") };
@@ -78,22 +77,18 @@ fn buildkit_builds_in_microvms() -> Result<()> {
                       CMD [\"sh\", \"-c\", \"cd /srv; cat kernel word links addresses user\"]\n";
     fs::write(folder.path().join("Dockerfile"), dockerfile)?;
     let path = folder.path().display().to_string();
-    let build = |more: &str| {
-        shell(&format!(
-            "DOCKER_BUILDKIT=1 docker -H {} build --progress plain {more} {path}",
-            daemon.address()
-        ))
-    };
-    build("-t made --build-arg WORD=given")?.expect_code(0)?;
+    let build =
+        |more: &[&str]| daemon.build(Builder::BuildKit, &[&["--progress", "plain"], more, &[&path]].concat());
+    build(&["-t", "made", "--build-arg", "WORD=given"])?.expect_code(0)?;
     let seen = daemon.docker(&["run", "--rm", "made"])?.expect_code(0)?.text();
     let (kernel, rest) = seen.split_once('\n').unwrap_or_default();
     ensure_guest_kernel(kernel)?;
     ensure!(rest == "given\n0\n1\n7", "the image printed {seen}");
 
     fs::write(folder.path().join("Dockerfile"), "FROM busybox\nRUN echo said; exit 7\n")?;
-    build("--no-cache")?.expect_failure(&["said", "exit code: 7"])?;
+    build(&["--no-cache"])?.expect_failure(&["said", "exit code: 7"])?;
     fs::write(folder.path().join("Dockerfile"), "FROM busybox\nRUN --network=host true\n")?;
-    build("--no-cache --allow network.host")?.expect_failure(&["share the host's network"]).map(drop)
+    build(&["--no-cache", "--allow", "network.host"])?.expect_failure(&["share the host's network"]).map(drop)
 }
 
 fn the_older_docker_runs_it() -> Result<()> {
@@ -156,7 +151,6 @@ fn the_older_docker_builds_with_it() -> Result<()> {
     let folder = tempfile::tempdir()?;
     fs::write(folder.path().join("Dockerfile"), "FROM busybox\nRUN uname -r >/kernel\nCMD cat /kernel\n")?;
     let path = folder.path().display().to_string();
-    let build = format!("DOCKER_BUILDKIT=0 docker -H {} build --no-cache -t made {path}", daemon.address());
-    shell(&build)?.expect_code(0)?;
+    daemon.build(Builder::Classic, &["--no-cache", "-t", "made", &path])?.expect_code(0)?;
     ensure_guest_kernel(&daemon.docker(&["run", "--rm", "made"])?.expect_code(0)?.text())
 }
