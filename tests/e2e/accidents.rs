@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::Story;
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, mount};
 use crate::command::{docker, docker_run, docker_start, eventually, exit_code, rvm, shell, spawn, wait_for};
 
 pub const STORIES: &[(&str, Story)] = &[
@@ -90,14 +90,10 @@ fn a_run_is_ended_while_a_hook_holds_it_up() -> Result<()> {
         "path": "/bin/sh", "args": ["sh", "-c", "touch /kept/reached; sleep 1000"],
         "env": ["PATH=/bin"],
     }]);
-    let volume = json!({
-        "destination": "/kept", "type": "bind", "source": kept.path(), "options": ["rbind"],
-    });
+    let volume = mount("/kept", "bind", &kept.path().display().to_string(), &["rbind"]);
     let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
         config["hooks"]["startContainer"] = hook;
-        if let Some(mounts) = config["mounts"].as_array_mut() {
-            mounts.push(volume);
-        }
+        add_mounts(config, [volume]);
     })?;
     let reached = kept.path().join("reached");
     for signal in [libc::SIGTERM, libc::SIGINT] {

@@ -55,6 +55,25 @@ impl Bundle {
     }
 }
 
+/// A mount as a configuration describes it.
+pub fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {
+    json!({ "destination": destination, "type": kind, "source": source, "options": options })
+}
+
+/// Adds mounts to a configuration, after those that it has.
+pub fn add_mounts(config: &mut Value, added: impl IntoIterator<Item = Value>) {
+    if let Some(mounts) = config["mounts"].as_array_mut() {
+        mounts.extend(added);
+    }
+}
+
+/// Adds a namespace of the container's own to a configuration.
+pub fn add_namespace(config: &mut Value, kind: &str) {
+    if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(json!({ "type": kind }));
+    }
+}
+
 /// The busybox image as one archive, made once for all stories.
 pub fn busybox_tree() -> Result<&'static Path> {
     let archive = Path::new("/run/e2e-busybox.tar");

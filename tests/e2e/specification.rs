@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::Story;
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, mount};
 use crate::command::{Outcome, run, rvm, shell, spawn};
 
 pub const STORIES: &[(&str, Story)] = &[
@@ -55,16 +55,6 @@ fn same_text(bundle: &Bundle) -> Result<String> {
     let (theirs, ours) = (printed("runc")?.text(), printed("rvm")?.text());
     ensure!(ours == theirs, "under runc:\n{theirs}\nunder rvm:\n{ours}");
     Ok(ours)
-}
-
-fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {
-    json!({ "destination": destination, "type": kind, "source": source, "options": options })
-}
-
-fn add_mounts(config: &mut Value, added: impl IntoIterator<Item = Value>) {
-    if let Some(mounts) = config["mounts"].as_array_mut() {
-        mounts.extend(added);
-    }
 }
 
 fn hooks_write_to_a_root_that_will_be_read_only() -> Result<()> {

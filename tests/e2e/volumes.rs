@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::Story;
 use crate::beside_runc::{Docker, same, told};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, mount};
 use crate::command::{docker, eventually, run, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
@@ -59,11 +59,15 @@ fn files_are_as_programs_know_them() -> Result<()> {
 
 /// Locks, sockets, pipes and notices of changes, among processes of one container.
 fn processes_meet_on_a_volume() -> Result<()> {
-    same(|docker| program(docker, &[], include_str!("volumes/processes.py")))
+    same(|docker| {
+        program(docker, &[], concat!(include_str!("volumes/child.py"), include_str!("volumes/processes.py")))
+    })
 }
 
 fn users_and_groups_are_checked() -> Result<()> {
-    same(|docker| program(docker, &[], include_str!("volumes/users.py")))
+    same(|docker| {
+        program(docker, &[], concat!(include_str!("volumes/child.py"), include_str!("volumes/users.py")))
+    })
 }
 
 /// The same by the engine's own options, which say who the container's first process is.
@@ -164,12 +168,7 @@ fn options_of_mounts_hold() -> Result<()> {
         shell(&format!("cd {} && {prepare}", path(folder.path())))?.expect_code(0)?;
         let shown = |runtime: &str| -> Result<String> {
             let bundle = Bundle::new(&["sh", "-c", &steps])?.edit(|config| {
-                let volume = serde_json::json!({
-                    "destination": "/volume", "type": "bind", "source": folder.path(), "options": options,
-                });
-                if let Some(mounts) = config["mounts"].as_array_mut() {
-                    mounts.push(volume);
-                }
+                add_mounts(config, [mount("/volume", "bind", &path(folder.path()), options)]);
                 config["linux"]["resources"] = serde_json::json!({});
             })?;
             shell(&format!("rm -f {}/new", path(folder.path())))?;

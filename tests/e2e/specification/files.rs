@@ -3,9 +3,9 @@
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::{add_mounts, mount, same_text};
+use super::same_text;
 use crate::Story;
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, mount};
 use crate::command::shell;
 
 pub const STORIES: &[(&str, Story)] = &[

@@ -7,9 +7,9 @@ use std::os::unix::fs::PermissionsExt;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{RUNTIMES, add_mounts, create, mount, state};
+use super::{RUNTIMES, create, state};
 use crate::Story;
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, mount};
 use crate::command::{eventually, run, rvm};
 
 pub const STORIES: &[(&str, Story)] = &[

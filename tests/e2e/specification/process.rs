@@ -5,9 +5,9 @@ use std::fmt::Write;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{RUNTIMES, add_mounts, both_print, create, mount, state};
+use super::{RUNTIMES, both_print, create, state};
 use crate::Story;
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, add_mounts, add_namespace, mount};
 use crate::command::{run, rvm, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
@@ -96,9 +96,7 @@ fn what_runc_does_not_know_of_is_done_all_the_same() -> Result<()> {
     let bundle = Bundle::new(&["sh", "-c", script])?.edit(|config| {
         config["domainname"] = json!("house.test");
         config["linux"]["rootfsPropagation"] = json!("unbindable");
-        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
-            namespaces.push(json!({ "type": "time" }));
-        }
+        add_namespace(config, "time");
         config["linux"]["timeOffsets"] =
             json!({ "boottime": { "secs": 1_000_000 }, "monotonic": { "secs": 7, "nanosecs": 5 } });
         config["linux"]["personality"] = json!({ "domain": "LINUX32" });
@@ -152,9 +150,7 @@ fn ids_are_mapped() -> Result<()> {
         for set in ["bounding", "permitted", "effective"] {
             config["process"]["capabilities"][set] = json!(["CAP_CHOWN"]);
         }
-        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
-            namespaces.push(json!({ "type": "user" }));
-        }
+        add_namespace(config, "user");
         config["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100_000, "size": 1000 }]);
         config["linux"]["gidMappings"] = json!([{ "containerID": 0, "hostID": 200_000, "size": 2000 }]);
         add_mounts(config, [mount("/data", "bind", &volume, &["bind"])]);

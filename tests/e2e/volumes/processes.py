@@ -5,23 +5,6 @@ libc = ctypes.CDLL(None, use_errno=True)
 OFD_SETLK = 37
 
 
-def in_child(action):
-    """What a child process prints, after which it is gone."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            text = str(action())
-        except OSError as error:
-            text = errno.errorcode[error.errno]
-        os.write(writer, text.encode())
-        os._exit(0)
-    os.close(writer)
-    text = open(reader).read()
-    os.waitpid(child, 0)
-    return text
-
-
 def lock(kind, start=0, length=0):
     return struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0)
 

@@ -5,23 +5,15 @@ USERS = [(1000, 1000, []), (1001, 1000, []), (1001, 1001, [1000, 3000]), (1002, 
 
 
 def as_user(user, action, mask=0o022):
-    reader, writer = os.pipe()
-    if os.fork() == 0:
+    def become_and_act():
         uid, gid, groups = user
         os.setgroups(groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
         os.umask(mask)
-        try:
-            text = str(action())
-        except OSError as error:
-            text = errno.errorcode[error.errno]
-        os.write(writer, text.encode())
-        os._exit(0)
-    os.close(writer)
-    text = open(reader).read()
-    os.wait()
-    return text
+        return action()
+
+    return in_child(become_and_act)
 
 
 def everybody(what, action):
