@@ -16,6 +16,7 @@ use crate::control::{Control, ControlError};
 use crate::error::{Context, Result};
 use crate::event::{Poller, Target};
 use crate::host::Host;
+use crate::network::Network;
 use crate::process::channel::AgentEnd;
 use crate::resolver::Resolver;
 use crate::stream::{GRACE, Stream, StreamId};
@@ -34,6 +35,7 @@ pub struct Agent {
     started: bool,
     container: Option<Container>,
     memory: Option<MemoryEvents>,
+    network: Network,
     /// There is one as soon as there is a network.
     resolver: Option<Resolver>,
     processes: BTreeMap<ProcessId, Managed>,
@@ -88,6 +90,7 @@ impl Agent {
             started: false,
             container: None,
             memory: None,
+            network: Network::default(),
             resolver: None,
             processes: BTreeMap::new(),
             streams: HashMap::new(),

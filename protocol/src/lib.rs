@@ -20,7 +20,7 @@ pub use message::{
     AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
     Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
 };
-pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
+pub use network::{Address, HOST_PORTS, Interface, Neighbour, NetworkConfig, Route};
 pub use resolver::{Lookup, LookupReader, MAX_DNS_MESSAGE, Transport};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 

@@ -17,9 +17,11 @@ mod exit_codes;
 mod leftovers;
 mod lifecycle;
 mod limits;
+mod names;
 mod network;
 mod options;
 mod programs;
+mod replumbing;
 mod specification;
 mod streams;
 mod systemd;
@@ -48,6 +50,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("execs", execs::STORIES),
     ("streams", streams::STORIES),
     ("network", network::STORIES),
+    ("names", names::STORIES),
+    ("replumbing", replumbing::STORIES),
     ("specification", specification::STORIES),
     ("specification", specification::hooks::STORIES),
     ("specification", specification::operations::STORIES),

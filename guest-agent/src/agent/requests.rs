@@ -11,7 +11,6 @@ use rvm_protocol::{
 use super::{Agent, Managed, State};
 use crate::container::{self, Container, processes};
 use crate::error::{Context, Result, container_not_running, other};
-use crate::network;
 use crate::process::Place;
 use crate::resolver::Resolver;
 use crate::stream::Stream;
@@ -57,7 +56,7 @@ impl Agent {
     }
 
     fn configure_network(&mut self, config: &NetworkConfig) -> Result<()> {
-        network::configure(config)?;
+        self.network.configure(config)?;
         if self.resolver.is_none() && !config.interfaces.is_empty() {
             self.resolver = Some(Resolver::start(&self.poller, &self.settings.cgroups)?);
         }

@@ -1,7 +1,7 @@
 //! The guest's network: a copy of what the engine plumbed on the host.
 //!
-//! The same configuration may come again, changed: everything is set so that setting it twice is setting it
-//! once, and addresses that are gone are removed.
+//! The configuration comes again, changed, when the engine plumbs a running container's namespace: everything is set so
+//! that setting it twice is setting it once, and what is gone is removed.
 
 pub mod netlink;
 pub mod socket;
@@ -9,7 +9,7 @@ pub mod socket;
 use std::fs;
 use std::net::IpAddr;
 
-use rvm_protocol::{Interface, NetworkConfig};
+use rvm_protocol::{HOST_PORTS, Interface, NetworkConfig};
 
 use self::netlink::RouteSocket;
 use crate::error::Result;
@@ -20,25 +20,59 @@ pub fn bring_loopback_up() -> Result<()> {
     RouteSocket::open()?.bring_up("lo")
 }
 
-/// Configures interfaces, routes and neighbours.
-pub fn configure(config: &NetworkConfig) -> Result<()> {
-    if *config == NetworkConfig::default() {
-        return Ok(());
+/// The network as the host wants it.
+#[derive(Default)]
+pub struct Network {
+    config: NetworkConfig,
+}
+
+impl Network {
+    /// Makes interfaces, routes and neighbours what the host wants them to be now. What processes of the container have
+    /// configured is theirs.
+    pub fn configure(&mut self, config: &NetworkConfig) -> Result<()> {
+        if *config == self.config {
+            return Ok(());
+        }
+        let mut socket = RouteSocket::open()?;
+        self.remove_what_is_gone(&mut socket, config)?;
+        for interface in &config.interfaces {
+            configure_interface(&mut socket, interface)?;
+        }
+        // A gateway must be reachable by a route that exists already.
+        let (direct, indirect): (Vec<_>, Vec<_>) =
+            config.routes.iter().partition(|route| route.gateway.is_none());
+        for route in direct.into_iter().chain(indirect) {
+            socket.add_route(route)?;
+        }
+        for neighbour in &config.neighbours {
+            socket.add_neighbour(neighbour)?;
+        }
+        reserve_ports();
+        self.config = config.clone();
+        Ok(())
     }
-    let mut socket = RouteSocket::open()?;
-    for interface in &config.interfaces {
-        configure_interface(&mut socket, interface)?;
+
+    fn remove_what_is_gone(&self, socket: &mut RouteSocket, config: &NetworkConfig) -> Result<()> {
+        for neighbour in self.config.neighbours.iter().filter(|old| !config.neighbours.contains(old)) {
+            socket.remove_neighbour(neighbour)?;
+        }
+        for route in self.config.routes.iter().filter(|old| !config.routes.contains(old)) {
+            socket.remove_route(route)?;
+        }
+        for old in &self.config.interfaces {
+            let Some(new) = config.interfaces.iter().find(|new| new.slot == old.slot) else {
+                slots::vacate(old.slot)?;
+                continue;
+            };
+            // One that the container has renamed is found by its slot.
+            let name = slots::interface_of(old.slot)?;
+            let index = socket.index(&name)?;
+            for address in old.addresses.iter().filter(|address| !new.addresses.contains(address)) {
+                socket.remove_address(index, &name, address)?;
+            }
+        }
+        Ok(())
     }
-    // A gateway must be reachable by a route that exists already.
-    let (direct, indirect): (Vec<_>, Vec<_>) =
-        config.routes.iter().partition(|route| route.gateway.is_none());
-    for route in direct.into_iter().chain(indirect) {
-        socket.add_route(route)?;
-    }
-    for neighbour in &config.neighbours {
-        socket.add_neighbour(neighbour)?;
-    }
-    Ok(())
 }
 
 fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Result<()> {
@@ -47,6 +81,7 @@ fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Resul
     let name = &interface.name;
     if found != *name {
         // The kernel renames no interface that is up.
+        socket.take_down(index, &found)?;
         socket.rename(index, name)?;
     }
     if hardware_address(name) != Some(interface.mac) {
@@ -54,12 +89,18 @@ fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Resul
     }
     socket.set_mtu(index, name, interface.mtu)?;
     configure_ipv6(interface);
-    socket.remove_other_addresses(index, interface)?;
     // The addresses first: what comes in as soon as the interface is up shall find them.
     for address in &interface.addresses {
         socket.add_address(index, name, address)?;
     }
     socket.bring_up(name)
+}
+
+/// Answers to these ports do not come here.
+fn reserve_ports() {
+    let (first, last) = (HOST_PORTS.start(), HOST_PORTS.end());
+    // Every kernel of ours has the file; without it, a connection in some hundreds would be lost.
+    let _ = fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", format!("{first}-{last}"));
 }
 
 fn hardware_address(interface: &str) -> Option<[u8; 6]> {

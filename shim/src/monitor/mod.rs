@@ -18,6 +18,7 @@ mod events;
 mod execution;
 mod init;
 mod initramfs;
+mod network;
 mod oom;
 mod patience;
 mod resolver;

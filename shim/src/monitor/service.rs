@@ -20,6 +20,7 @@ use super::commands::Pending;
 use super::execution::Execution;
 use super::handshake::Setup;
 use super::init::Init;
+use super::network::Plugged;
 use super::oom::OomReports;
 use super::resolver::Resolver;
 use super::streams::Streams;
@@ -91,7 +92,7 @@ pub struct Service {
     pub(super) start_asked: bool,
     /// How long the guest may take to answer it.
     pub(super) start_patience: Option<Duration>,
-    pub(super) next_slot: u8,
+    pub(super) plugged: Plugged,
     pub(super) pending: HashMap<u64, Pending>,
     pub(super) executions: HashMap<ProcessId, Execution>,
     pub(super) next_process: u32,
@@ -154,7 +155,7 @@ impl Service {
             starter: None,
             start_asked: false,
             start_patience: None,
-            next_slot: boot::FIRST_FREE_SLOT,
+            plugged: Plugged::default(),
             pending: HashMap::new(),
             executions: HashMap::new(),
             next_process: ProcessId::INIT.0 + 1,
@@ -419,7 +420,10 @@ impl Service {
             match pending {
                 // The container has ended: that is what a signal is for.
                 Pending::Signal(client) => self.clients.answer(client, &Answer::Done, &[]),
-                Pending::Simple(client) | Pending::List(client) | Pending::PauseSync(client) => {
+                Pending::Simple(client)
+                | Pending::List(client)
+                | Pending::PauseSync(client)
+                | Pending::Network(client) => {
                     self.clients.refuse(client, words);
                 }
                 Pending::Start | Pending::Exec(_) | Pending::Nobody => {}
