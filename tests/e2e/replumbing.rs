@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Story;
 use crate::bundle::Bundle;
@@ -92,7 +92,8 @@ fn join_and_leave() -> Result<()> {
 /// What Docker from 28 on does, in its order: the namespace is found by the process of the created container and
 /// pinned, a cable's end moves there, is named, addressed and brought up, then come the routes, and then `start`.
 fn interfaces_may_come_between_create_and_start() -> Result<()> {
-    let bundle = Bundle::new(&["sh", "-c", "ip addr show eth0; ip route; ping -c 1 -W 20 10.77.0.1"])?;
+    let bundle = Bundle::new(&["sh", "-c", "ip addr show eth0; ip route; ping -c 1 -W 20 10.77.0.1"])?
+        .edit(allow_networking)?;
     let output = tempfile::NamedTempFile::new()?;
     let created = format!(
         "rvm create --bundle {} --pid-file {}/pid e2e-late >{} 2>&1 </dev/null",
@@ -134,6 +135,13 @@ fn interfaces_may_come_between_create_and_start() -> Result<()> {
     outcome
 }
 
+fn allow_networking(config: &mut Value) {
+    for set in ["bounding", "effective", "permitted"] {
+        let held = config["process"]["capabilities"][set].as_array_mut();
+        held.into_iter().for_each(|held| held.extend(["CAP_NET_ADMIN".into(), "CAP_NET_RAW".into()]));
+    }
+}
+
 /// A namespace as an engine would have it, with a container in it that runs.
 fn in_a_namespace(story: impl FnOnce(&dyn Fn(&str) -> Result<String>) -> Result<()>) -> Result<()> {
     let plumb = "ip netns add e2e-changes && ip link add e2e-outer type veth peer name eth0 netns e2e-changes && \
@@ -146,6 +154,7 @@ fn in_a_namespace(story: impl FnOnce(&dyn Fn(&str) -> Result<String>) -> Result<
                 namespace["path"] = json!("/run/netns/e2e-changes");
             }
         }
+        allow_networking(config);
     })?;
     let log = format!("{}/log", bundle.path());
     let started = format!(
