@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 
+use super::address;
 use crate::Story;
 use crate::command::{docker, docker_run, docker_start, eventually, shell};
 
@@ -53,9 +54,4 @@ fn the_guest_has_the_address_that_docker_shows() -> Result<()> {
     let mac = docker(&["inspect", "-f", "{{.NetworkSettings.MacAddress}}", &id])?.text();
     ensure!(shown.contains(&format!("inet {ip}/")) && shown.contains(&mac), "{ip} {mac} is not in: {shown}");
     Ok(())
-}
-
-fn address(id: &str) -> Result<String> {
-    let form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-    Ok(docker(&["inspect", "-f", form, id])?.expect_code(0)?.text())
 }
