@@ -17,11 +17,9 @@ mod exit_codes;
 mod leftovers;
 mod lifecycle;
 mod limits;
-mod names;
 mod network;
 mod options;
 mod programs;
-mod replumbing;
 mod specification;
 mod streams;
 mod systemd;
@@ -49,9 +47,14 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("limits", limits::STORIES),
     ("execs", execs::STORIES),
     ("streams", streams::STORIES),
-    ("network", network::STORIES),
-    ("names", names::STORIES),
-    ("replumbing", replumbing::STORIES),
+    ("network", network::bridge::STORIES),
+    ("network", network::own::STORIES),
+    ("network", network::publishing::STORIES),
+    ("network", network::podman::STORIES),
+    ("network", network::cni::STORIES),
+    ("network", network::compose::STORIES),
+    ("network", network::names::STORIES),
+    ("network", network::changes::STORIES),
     ("specification", specification::STORIES),
     ("specification", specification::hooks::STORIES),
     ("specification", specification::operations::STORIES),

@@ -35,6 +35,7 @@ impl Network {
         }
         let mut socket = RouteSocket::open()?;
         self.remove_what_is_gone(&mut socket, config)?;
+        name_interfaces(&mut socket, &config.interfaces)?;
         for interface in &config.interfaces {
             configure_interface(&mut socket, interface)?;
         }
@@ -75,15 +76,37 @@ impl Network {
     }
 }
 
-fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Result<()> {
-    let found = slots::interface_of(interface.slot)?;
-    let index = socket.index(&found)?;
-    let name = &interface.name;
-    if found != *name {
+fn name_interfaces(socket: &mut RouteSocket, interfaces: &[Interface]) -> Result<()> {
+    let found = interfaces.iter().map(|interface| slots::interface_of(interface.slot));
+    let found: Vec<String> = found.collect::<Result<_>>()?;
+    let wanted = interfaces.iter().map(|interface| interface.name.as_str());
+    give_names(socket, &found.iter().map(String::as_str).zip(wanted).collect::<Vec<_>>())
+}
+
+/// Gives interfaces, by the names that they have, those that they shall have. The kernel numbers them in the order of
+/// their slots, the engine as it likes, so one may have the name that another shall get.
+fn give_names(socket: &mut RouteSocket, names: &[(&str, &str)]) -> Result<()> {
+    let indexes: Vec<u32> = names.iter().map(|(found, _)| socket.index(found)).collect::<Result<_>>()?;
+    for (index, (_, name)) in indexes.iter().zip(names) {
+        let holder = socket.index(name).ok();
+        if holder == Some(*index) {
+            continue;
+        }
+        if let Some(holder) = holder.filter(|holder| indexes.contains(holder)) {
+            // The kernel puts a number that is free.
+            socket.take_down(holder, name)?;
+            socket.rename(holder, "moved%d")?;
+        }
         // The kernel renames no interface that is up.
-        socket.take_down(index, &found)?;
-        socket.rename(index, name)?;
+        socket.take_down(*index, name)?;
+        socket.rename(*index, name)?;
     }
+    Ok(())
+}
+
+fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Result<()> {
+    let name = &interface.name;
+    let index = socket.index(name)?;
     if hardware_address(name) != Some(interface.mac) {
         socket.set_hardware_address(index, name, interface.mac)?;
     }
@@ -123,7 +146,37 @@ fn configure_ipv6(interface: &Interface) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
+
+    fn ip(arguments: &str) -> bool {
+        Command::new("ip").args(arguments.split(' ')).output().is_ok_and(|output| output.status.success())
+    }
+
+    #[test]
+    fn names_are_given_in_any_order() {
+        let made = unshare(CloneFlags::CLONE_NEWNET).is_ok()
+            && ip("link add eth0 type veth peer name eth1")
+            && ip("link add eth2 type dummy");
+        if !made {
+            eprintln!("not tested: this kernel makes no network namespaces, or no devices in them");
+            return;
+        }
+        let mut socket = RouteSocket::open().unwrap();
+        let before = ["eth0", "eth1", "eth2"].map(|name| socket.index(name).unwrap());
+        // A swap; and one takes the very name that the other is put aside under.
+        give_names(&mut socket, &[("eth0", "eth1"), ("eth1", "moved0"), ("eth2", "eth0")]).unwrap();
+        assert_eq!(["eth1", "moved0", "eth0"].map(|name| socket.index(name).unwrap()), before);
+        give_names(&mut socket, &[("eth1", "eth1"), ("moved0", "net")]).unwrap();
+        assert_eq!(["eth1", "net", "eth0"].map(|name| socket.index(name).unwrap()), before);
+        // What is not ours stays as it is.
+        let error = give_names(&mut socket, &[("eth1", "eth0")]).unwrap_err();
+        assert_eq!(error.message, "naming an interface eth0: file exists");
+        assert_eq!(socket.index("eth0").unwrap(), before[2]);
+    }
 
     #[test]
     fn a_hardware_address_is_read() {

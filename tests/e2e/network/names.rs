@@ -9,6 +9,8 @@ use crate::Story;
 use crate::command::{docker, docker_start, eventually, shell};
 use crate::daemon::{Daemon, Setup};
 
+use super::{Network, address};
+
 pub const STORIES: &[(&str, Story)] = &[
     ("containers_of_both_runtimes_know_each_other", containers_of_both_runtimes_know_each_other),
     ("a_name_server_of_the_containers_own_has_port_53", a_name_server_of_the_containers_own_has_port_53),
@@ -17,29 +19,12 @@ pub const STORIES: &[(&str, Story)] = &[
     ("who_floods_it_harms_nobody_else", who_floods_it_harms_nobody_else),
 ];
 
-/// A network of a story's own, removed when dropped.
-struct Network(&'static str);
-
-impl Network {
-    fn new(name: &'static str) -> Result<Network> {
-        docker(&["network", "create", name])?.expect_code(0)?;
-        Ok(Network(name))
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        let _ = shell("docker ps -aq | xargs -r docker rm -f -v");
-        let _ = docker(&["network", "rm", self.0]);
-    }
-}
-
 /// One query, as a program over TCP sends it: the name "plain", its address (RFC 1035, section 4.1).
 const TCP_QUERY: &str =
     r"printf '\000\027\022\064\001\000\000\001\000\000\000\000\000\000\005plain\000\000\001\000\001'";
 
 fn containers_of_both_runtimes_know_each_other() -> Result<()> {
-    let _network = Network::new("e2e-names")?;
+    let _network = Network::create("e2e-names", &[])?;
     let on_it = ["--network", "e2e-names"];
     docker(
         &[
@@ -61,8 +46,7 @@ fn containers_of_both_runtimes_know_each_other() -> Result<()> {
         let shown = docker(&["exec", from, "ping", "-c", "1", "-W", "20", to])?.expect_code(0)?.text();
         ensure!(shown.contains("1 packets received"), "{from} to {to}: {shown}");
     }
-    let form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-    let address = docker(&["inspect", "-f", form, "plain"])?.text();
+    let address = address("plain")?;
     for of in ["first", "plain"] {
         let answer = docker(&["exec", of, "nslookup", "plain"])?.expect_code(0)?.text();
         ensure!(answer.contains("Server:\t\t127.0.0.11") && answer.contains(&address), "{of}: {answer}");
@@ -78,7 +62,7 @@ fn containers_of_both_runtimes_know_each_other() -> Result<()> {
 }
 
 fn a_name_server_of_the_containers_own_has_port_53() -> Result<()> {
-    let _network = Network::new("e2e-names")?;
+    let _network = Network::create("e2e-names", &[])?;
     let script = "nc -l -p 53 -e echo mine & until nc 127.0.0.1 53 2>/dev/null; do sleep 0.1; done; \
                   nslookup dns | grep -c 'Name:.dns'";
     docker(&[
@@ -146,11 +130,10 @@ while True:
 
 /// This dockerd asks the servers of `--dns` from the container's own namespace: the answers must not go to the guest.
 fn names_of_the_outside_are_asked_for_by_the_daemon() -> Result<()> {
-    let _network = Network::new("e2e-names")?;
+    let _network = Network::create("e2e-names", &[])?;
     let server = ["run", "-d", "--runtime=runc", "--network", "e2e-names", "--name", "server", "debian"];
     docker(&[&server[..], &["python3", "-c", SERVER]].concat())?.expect_code(0)?;
-    let form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
-    let address = docker(&["inspect", "-f", form, "server"])?.text();
+    let address = address("server")?;
     docker_start(&[
         "--name",
         "first",
@@ -189,7 +172,7 @@ fn names_of_the_outside_are_asked_for_by_the_daemon() -> Result<()> {
 
 /// Garbage and queries without end from one container, for as long as another looks names up.
 fn who_floods_it_harms_nobody_else() -> Result<()> {
-    let _network = Network::new("e2e-names")?;
+    let _network = Network::create("e2e-names", &[])?;
     let flood = r"
 import os, socket
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
