@@ -53,6 +53,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("network", network::podman::STORIES),
     ("network", network::cni::STORIES),
     ("network", network::compose::STORIES),
+    ("network", network::walkthrough::STORIES),
     ("network", network::names::STORIES),
     ("network", network::changes::STORIES),
     ("specification", specification::STORIES),

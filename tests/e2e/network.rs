@@ -9,6 +9,7 @@ pub mod names;
 pub mod own;
 pub mod podman;
 pub mod publishing;
+pub mod walkthrough;
 
 use std::fs;
 use std::io::{Read, Write};

@@ -1,15 +1,18 @@
 //! The machine's network devices: which slot has which device of the container's namespace.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
-use rvm_protocol::{AgentError, NetworkConfig, Request};
-use rvm_vmm::virtio::net::NetDevice;
+use rvm_protocol::{AgentError, Interface, NetworkConfig, Request};
+use rvm_vmm::virtio::net::{NetDevice, Rates};
 
 use super::boot::{FIRST_FREE_SLOT, SLOTS};
 use super::clients::ClientId;
 use super::commands::Pending;
 use super::service::Service;
+use crate::bundle::NetworkRates;
+use crate::cause::Cause;
 use crate::control::Answer;
 use crate::network::Wiring;
 
@@ -64,7 +67,7 @@ impl Service {
     fn plug_interface(
         &mut self,
         device: u32,
-        interface: &rvm_protocol::Interface,
+        interface: &Interface,
         tap: Option<OwnedFd>,
     ) -> Result<u8, String> {
         let tap = tap.ok_or("a tap is missing")?;
@@ -72,7 +75,9 @@ impl Service {
             format!("the virtual machine has no slot left for interface {}", interface.name)
         })?;
         let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
-        let card = NetDevice::new(tap, interface.mac, mtu, self.events.handle());
+        let mut card = NetDevice::new(tap, interface.mac, mtu, self.events.handle());
+        card.limit(rates(self.setup.network_rates))
+            .map_err(|error| format!("cannot limit interface {}: {}", interface.name, Cause::from(error)))?;
         self.machine
             .plug(slot, Box::new(card))
             .map_err(|error| format!("cannot plug interface {}: {error}", interface.name))?;
@@ -124,4 +129,10 @@ impl Service {
             }
         }
     }
+}
+
+/// As the device counts: bytes of frames instead of bits.
+fn rates(rates: NetworkRates) -> Rates {
+    let bytes = |bits: Option<NonZeroU64>| bits.and_then(|bits| NonZeroU64::new(bits.get() / 8));
+    Rates { receive: bytes(rates.receive), transmit: bytes(rates.send) }
 }

@@ -1,5 +1,7 @@
 //! The default bridge: a container reaches its neighbours, and is reached where its ports are published.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 
 use super::address;
@@ -12,6 +14,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_published_port_is_reached_from_the_host", a_published_port_is_reached_from_the_host),
     ("no_network_is_loopback_only", no_network_is_loopback_only),
     ("the_guest_has_the_address_that_docker_shows", the_guest_has_the_address_that_docker_shows),
+    ("what_the_network_is_limited_to_holds", what_the_network_is_limited_to_holds),
 ];
 
 const PING: &str = "ping -c 2 -W 20";
@@ -54,4 +57,24 @@ fn the_guest_has_the_address_that_docker_shows() -> Result<()> {
     let mac = docker(&["inspect", "-f", "{{.NetworkSettings.MacAddress}}", &id])?.text();
     ensure!(shown.contains(&format!("inet {ip}/")) && shown.contains(&mac), "{ip} {mac} is not in: {shown}");
     Ok(())
+}
+
+/// Three megabytes at eight megabits a second take three seconds, however fast the machine is.
+fn what_the_network_is_limited_to_holds() -> Result<()> {
+    let limits =
+        ["--annotation", "dev.rvm.network.send-rate=8M", "--annotation", "dev.rvm.network.receive-rate=8M"];
+    let serve = "nc -ll -p 1 -e head -c 3000000 /dev/zero & nc -ll -p 2 -e sh -c 'head -c 3000000 | wc -c'";
+    let id = docker_start(&[&limits[..], &["busybox", "sh", "-c", serve]].concat())?;
+    let address = address(&id)?;
+    eventually("it listens", || Ok(shell(&format!("busybox nc -z -w 5 {address} 2"))?.code == 0))?;
+    for line in [
+        format!("busybox nc {address} 1 </dev/null | wc -c"),
+        format!("head -c 3000000 /dev/zero | busybox nc {address} 2"),
+    ] {
+        let start = Instant::now();
+        shell(&line)?.expect_text("3000000")?;
+        ensure!(start.elapsed() > Duration::from_millis(2500), "{line}: {:?}", start.elapsed());
+    }
+    let refused = docker_run(&["--annotation", "dev.rvm.network.send-rate=fast", "busybox", "true"])?;
+    refused.expect_failure(&["dev.rvm.network.send-rate", "`fast` is not a rate"]).map(drop)
 }
