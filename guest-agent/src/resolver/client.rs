@@ -84,6 +84,12 @@ impl Client {
         self.ended && self.asked == 0 && self.outgoing.is_empty()
     }
 
+    /// Whether it asks no more.
+    #[cfg(test)]
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Tells epoll what it waits for.
     pub fn arm(&mut self, poller: &Poller) -> nix::Result<()> {
         let mut wanted = EpollFlags::empty();

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use proptest::prelude::*;
 use rvm_protocol::{LookupReader, RESOLVER_PORT};
 
 use super::*;
@@ -211,4 +212,32 @@ fn floods_are_bounded() {
     assert_eq!(guest.resolver.clients.len(), MAX_CLIENTS);
     let mut oldest = &connections[0];
     assert_eq!(oldest.read(&mut [0]).unwrap(), 0, "it was closed");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Messages over a connection are told apart as their lengths say, however they are cut; a rest is no message.
+    #[test]
+    fn whatever_comes_over_a_connection_is_told_apart(bytes in proptest::collection::vec(any::<u8>(), 1..400), cut in 1..40_usize) {
+        let (listener, mut expected, mut rest) = (TcpListener::bind("127.0.0.1:0").unwrap(), Vec::new(), &bytes[..]);
+        while let Some((&length, body)) = rest.split_first_chunk::<2>()
+            && let Some((message, behind)) = body.split_at_checked(u16::from_be_bytes(length).into())
+        {
+            expected.push(message.to_vec());
+            rest = behind;
+        }
+        let mut program = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut client = Client::new(0, listener.accept().unwrap().0).unwrap();
+        let mut found = Vec::new();
+        for piece in bytes.chunks(cut) {
+            program.write_all(piece).unwrap();
+            found.extend(client.read().unwrap());
+        }
+        drop(program);
+        while !client.has_ended() {
+            found.extend(client.read().unwrap());
+        }
+        prop_assert_eq!(found, expected);
+    }
 }

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
 
+use proptest::prelude::*;
+
 use super::*;
 
 const QUERY: [u8; 16] = *b"\x12\x34\x01\x00\0\x01\0\0\0\0\0\0name";
@@ -239,4 +241,50 @@ fn garbage_ends_the_connection() {
     let mut names = Names::new();
     names.guest.write_all(&[0xff; 64]).unwrap();
     assert_eq!(names.guest.read(&mut [0]).unwrap(), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// Whatever the guest asks and the server says, what the guest gets is answers to what it asked.
+    #[test]
+    fn no_message_of_either_side_does_harm(
+        queries in proptest::collection::vec((any::<bool>(), proptest::collection::vec(any::<u8>(), 0..80)), 1..12),
+        said in proptest::collection::vec(any::<u8>(), 0..80),
+    ) {
+        let mut names = Names::new();
+        names.udp.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        names.tcp.set_nonblocking(true).unwrap();
+        for (number, (tcp, message)) in queries.iter().enumerate() {
+            let transport = if *tcp { Transport::Tcp } else { Transport::Udp };
+            let lookup = Lookup { number: number as u32, transport, message: message.clone() };
+            names.guest.write_all(&lookup.to_bytes()).unwrap();
+        }
+        let mut message = [0; 512];
+        while let Ok((_, from)) = names.udp.recv_from(&mut message) {
+            names.udp.send_to(&said, from).unwrap();
+        }
+        while let Ok((mut stream, _)) = names.tcp.accept() {
+            let _ = stream.write_all(&said);
+        }
+        // One that is certain to be answered: by a failure at least, for nobody listens any more.
+        let Names { udp, tcp, mut guest, mut reader, resolver: _resolver } = names;
+        drop((udp, tcp));
+        let last = Lookup { number: 99, transport: Transport::Udp, message: query(99) };
+        guest.write_all(&last.to_bytes()).unwrap();
+        loop {
+            let answers = reader.take().unwrap();
+            for answer in &answers {
+                let asked = queries.get(answer.number as usize).map_or(&last.message, |(_, message)| message);
+                prop_assert!(is_query(asked) && answer.message.get(..2) == asked.get(..2), "{:?}", answer);
+            }
+            if answers.iter().any(|answer| answer.number == 99) {
+                break;
+            }
+            let mut bytes = [0; 4096];
+            let length = guest.read(&mut bytes).unwrap();
+            prop_assert_ne!(length, 0, "the connection was closed");
+            reader.push(&bytes[..length]);
+        }
+    }
 }
