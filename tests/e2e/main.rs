@@ -53,6 +53,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("network", network::podman::STORIES),
     ("network", network::cni::STORIES),
     ("network", network::compose::STORIES),
+    ("network", network::hostile::STORIES),
+    ("network", network::accidents::STORIES),
     ("specification", specification::STORIES),
     ("specification", specification::hooks::STORIES),
     ("specification", specification::operations::STORIES),
