@@ -56,6 +56,8 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("network", network::walkthrough::STORIES),
     ("network", network::names::STORIES),
     ("network", network::changes::STORIES),
+    ("network", network::hostile::STORIES),
+    ("network", network::accidents::STORIES),
     ("specification", specification::STORIES),
     ("specification", specification::hooks::STORIES),
     ("specification", specification::operations::STORIES),

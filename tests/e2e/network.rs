@@ -1,10 +1,12 @@
 //! Networks: of engines, and of one's own. A microVM's network is to be no different from that of runc's containers
 //! beside it.
 
+pub mod accidents;
 pub mod bridge;
 pub mod changes;
 pub mod cni;
 pub mod compose;
+pub mod hostile;
 pub mod names;
 pub mod own;
 pub mod podman;
@@ -58,9 +60,14 @@ struct Programs {
 impl Programs {
     fn new() -> Result<Programs> {
         let folder = tempfile::Builder::new().prefix("e2e-programs").tempdir_in("/var/tmp")?;
-        for (name, text) in
-            [("ask.py", include_str!("network/ask.py")), ("echo.py", include_str!("network/echo.py"))]
-        {
+        for (name, text) in [
+            ("ask.py", include_str!("network/ask.py")),
+            ("connect.py", include_str!("network/connect.py")),
+            ("echo.py", include_str!("network/echo.py")),
+            ("flood.py", include_str!("network/flood.py")),
+            ("garbage.py", include_str!("network/garbage.py")),
+            ("neighbours.py", include_str!("network/neighbours.py")),
+        ] {
             fs::write(folder.path().join(name), text)?;
         }
         Ok(Programs { folder })

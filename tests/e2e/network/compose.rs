@@ -9,31 +9,27 @@ use tempfile::TempDir;
 use crate::Story;
 use crate::command::{Outcome, docker, eventually, finish, shell};
 
-pub const STORIES: &[(&str, Story)] = &[
-    ("an_application_comes_up_and_goes_down", an_application_comes_up_and_goes_down),
-    ("services_find_each_other_by_name", services_find_each_other_by_name),
-];
+pub const STORIES: &[(&str, Story)] =
+    &[("an_application_comes_up_and_goes_down", an_application_comes_up_and_goes_down)];
 
 /// A page that asks the API, which asks the database; each waits in its turn until the next is there.
 const APPLICATION: &str = include_str!("compose.yaml");
 
-/// The application's file and how its services find each other.
+/// The folder with the application's file.
 struct Application {
     folder: TempDir,
-    api: &'static str,
-    database: &'static str,
 }
 
 impl Application {
-    fn new(api: &'static str, database: &'static str) -> Result<Application> {
+    fn new() -> Result<Application> {
         let folder = tempfile::Builder::new().prefix("e2e-compose").tempdir_in("/var/tmp")?;
         fs::write(folder.path().join("compose.yaml"), APPLICATION)?;
-        Ok(Application { folder, api, database })
+        Ok(Application { folder })
     }
 
     fn compose(&self, arguments: &[&str]) -> Result<Outcome> {
         let mut command = Command::new("docker");
-        command.current_dir(self.folder.path()).env("API", self.api).env("DATABASE", self.database);
+        command.current_dir(self.folder.path());
         finish(
             {
                 command.args(["compose", "-p", "e2e"]).args(arguments);
@@ -51,14 +47,7 @@ impl Drop for Application {
 }
 
 fn an_application_comes_up_and_goes_down() -> Result<()> {
-    comes_up_and_goes_down(&Application::new("10.81.0.3", "10.81.0.4")?)
-}
-
-fn services_find_each_other_by_name() -> Result<()> {
-    comes_up_and_goes_down(&Application::new("api", "database")?)
-}
-
-fn comes_up_and_goes_down(application: &Application) -> Result<()> {
+    let application = Application::new()?;
     application.compose(&["up", "-d"])?.expect_code(0)?;
     let running = application.compose(&["ps", "--services", "--status", "running"])?.expect_code(0)?.text();
     let mut running: Vec<_> = running.lines().collect();

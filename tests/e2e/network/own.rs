@@ -14,6 +14,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("interfaces_are_as_the_engine_was_told", interfaces_are_as_the_engine_was_told),
     ("name_servers_and_hosts_are_as_the_engine_was_told", name_servers_and_hosts_are_as_the_engine_was_told),
     ("neighbours_of_both_runtimes_reach_each_other", neighbours_of_both_runtimes_reach_each_other),
+    ("networks_without_a_bridge", networks_without_a_bridge),
     ("a_network_without_a_way_out", a_network_without_a_way_out),
 ];
 
@@ -110,6 +111,22 @@ fn literal(address: IpAddr) -> String {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => format!("[{address}]"),
     }
+}
+
+/// The drivers' own ways between containers: other devices than a cable to a bridge.
+fn networks_without_a_bridge() -> Result<()> {
+    for driver in ["macvlan", "ipvlan"] {
+        let _network =
+            Network::create("e2e-driver", &["-d", driver, "--internal", "--subnet", "10.83.0.0/24"])?;
+        let at = |ip| ["--network", "e2e-driver", "--ip", ip, "busybox", "sh", "-c", SERVE];
+        let (one, plain) = (RVM.start(&at("10.83.0.8"))?, RUNC.start(&at("10.83.0.9"))?);
+        for (client, server, ip) in [(&one, &plain, "10.83.0.9"), (&plain, &one, "10.83.0.8")] {
+            let sum = docker(&["exec", server, "sh", "-c", SUM])?.expect_code(0)?.text();
+            let fetch = format!("wget -q -O - http://{ip}/data | md5sum");
+            docker(&["exec", client, "sh", "-c", &fetch])?.expect_text(&sum).context(driver)?;
+        }
+    }
+    Ok(())
 }
 
 fn a_network_without_a_way_out() -> Result<()> {

@@ -22,10 +22,15 @@ fn source_of(suite: &str) -> String {
 
 #[test]
 fn every_story_that_the_docs_name_exists() {
-    let text = fs::read_to_string(repository().join("docs/docker.md")).unwrap();
-    let named = stories_named_in(&text);
-    assert!(named.len() > 40, "only {} stories are named", named.len());
-    for (suite, story) in named {
-        assert!(source_of(suite).contains(&format!("(\"{story}\", ")), "{suite}::{story} is no story");
+    for (page, least) in [("docs/docker.md", 40), ("docs/network.md", 15)] {
+        let text = fs::read_to_string(repository().join(page)).unwrap();
+        let named = stories_named_in(&text);
+        assert!(named.len() >= least, "{page} names only {} stories", named.len());
+        for (suite, story) in named {
+            assert!(
+                source_of(suite).contains(&format!("(\"{story}\", ")),
+                "{page}: {suite}::{story} is no story"
+            );
+        }
     }
 }

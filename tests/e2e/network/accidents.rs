@@ -1,0 +1,179 @@
+//! What happens to networks from outside: devices vanish, others cannot be connected, and containers come and go.
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use super::{Network, address, gateway};
+use crate::Story;
+use crate::bundle::Bundle;
+use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell};
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("the_network_is_taken_away_under_a_container", the_network_is_taken_away_under_a_container),
+    ("a_device_that_cannot_be_connected_is_named", a_device_that_cannot_be_connected_is_named),
+    ("containers_come_and_go_in_one_namespace", containers_come_and_go_in_one_namespace),
+    ("containers_come_and_go_on_a_network", containers_come_and_go_on_a_network),
+];
+
+fn the_network_is_taken_away_under_a_container() -> Result<()> {
+    let script = "trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done";
+    let id = docker_start(&["busybox", "sh", "-c", script])?;
+    let (place, gateway) = (address(&id)?, gateway()?);
+    shell(&format!("ping -c 1 -w 60 {place}"))?.expect_code(0)?;
+    let pid = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.text();
+    // The tap first, and then the cable to the bridge, of which both ends vanish together.
+    for device in ["rvm0", "eth0"] {
+        shell(&format!("nsenter -t {pid} -n ip link delete {device}"))?.expect_code(0)?;
+        ensure!(shell(&format!("ping -c 1 -W 1 {place}"))?.code != 0, "it answers without {device}");
+        // What it sends goes nowhere, and holds nothing up.
+        let send = format!("ping -c 3 -W 1 {gateway}; cat /sys/class/net/eth0/mtu");
+        let shown = docker(&["exec", &id, "sh", "-c", &send])?.expect_code(0)?.text();
+        ensure!(
+            shown.contains("3 packets transmitted, 0 packets received") && shown.ends_with("1500"),
+            "{shown}"
+        );
+    }
+    docker(&["stop", "-t", "60", &id])?.expect_code(0)?;
+    docker(&["wait", &id])?.expect_text("7")?;
+    docker(&["rm", &id])?.expect_code(0).map(drop)
+}
+
+/// A network namespace of the host's. It goes when it is dropped.
+struct Namespace;
+
+const NAMESPACE: &str = "e2e";
+
+impl Namespace {
+    fn new() -> Result<Namespace> {
+        shell(&format!("ip netns add {NAMESPACE}"))?.expect_code(0)?;
+        Ok(Namespace)
+    }
+
+    /// Runs `ip` with each of these lines in it.
+    fn plumb(&self, lines: &[&str]) -> Result<()> {
+        for line in lines {
+            shell(&format!("ip -n {NAMESPACE} {line}"))?.expect_code(0)?;
+        }
+        Ok(())
+    }
+
+    /// A bundle for a container in it.
+    fn bundle(&self, command: &[&str]) -> Result<Bundle> {
+        Bundle::new(command)?.edit(|config| {
+            let namespaces = config["linux"]["namespaces"].as_array_mut();
+            for namespace in namespaces.into_iter().flatten().filter(|one| one["type"] == "network") {
+                namespace["path"] = json!(format!("/run/netns/{NAMESPACE}"));
+            }
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = shell(&format!("ip netns delete {NAMESPACE}"));
+    }
+}
+
+fn a_device_that_cannot_be_connected_is_named() -> Result<()> {
+    let namespace = Namespace::new()?;
+    let bundle = namespace.bundle(&["ls", "/sys/class/net"])?;
+    namespace.plumb(&["link add good type veth peer name far", "link set good up"])?;
+    for (name, kind, add) in [
+        ("b0", "bridge", "link add b0 type bridge"),
+        ("d0", "dummy", "link add d0 type dummy"),
+        ("v0", "vlan", "link add link good name v0 type vlan id 7"),
+    ] {
+        namespace.plumb(&[add, &format!("link set {name} up")])?;
+        rvm(&["run", "--bundle", bundle.path(), "story"])?
+            .expect_failure(&[&format!("network interface {name} is a {kind}, which cannot be connected")])?;
+        rvm(&["state", "story"])?.expect_failure(&["does not exist"])?;
+        // Of the one that can be connected nothing stays behind either.
+        let found = traces()?;
+        ensure!((found.taps, found.rules) == (0, 0), "it leaves {found:?}");
+        namespace.plumb(&[&format!("link set {name} down")])?;
+    }
+    // As long as nobody uses them, they are in nobody's way.
+    rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_text("good\nlo")
+}
+
+/// What containers in the namespace could leave behind, counted.
+#[derive(Debug)]
+struct Traces {
+    taps: usize,
+    rules: usize,
+    /// Of the whole host, and so of its other programs as well.
+    namespaces: usize,
+    sockets: usize,
+}
+
+fn traces() -> Result<Traces> {
+    let count = |line: &str| -> Result<usize> { Ok(shell(line)?.expect_code(0)?.text().trim().parse()?) };
+    Ok(Traces {
+        taps: count(&format!("ip -n {NAMESPACE} -o link show type tun | wc -l"))?,
+        rules: count(&format!(
+            "for i in $(ip netns exec {NAMESPACE} ls /sys/class/net); do tc -n {NAMESPACE} filter show dev $i ingress; \
+             tc -n {NAMESPACE} qdisc show dev $i | grep ingress; done | wc -l"
+        ))?,
+        namespaces: count("readlink /proc/[0-9]*/ns/net | sort -u | wc -l")?,
+        sockets: count("wc -l </proc/net/unix")?,
+    })
+}
+
+/// Two hundred would take ten minutes where the processor is emulated, at three seconds each. What is lost with each
+/// of them shows with twenty as well.
+const CYCLES: usize = 20;
+
+fn containers_come_and_go_in_one_namespace() -> Result<()> {
+    let namespace = Namespace::new()?;
+    namespace.plumb(&[
+        "link add eth0 type veth peer name far",
+        "address add 10.82.0.2/24 dev eth0",
+        "link set eth0 up",
+        "link set far up",
+        "link set lo up",
+    ])?;
+    let bundle = namespace.bundle(&["ip", "-o", "-4", "address", "show", "dev", "eth0"])?;
+    // The first one also makes what stays for good, such as the folders of the state.
+    rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_code(0)?;
+    let before = traces()?;
+    ensure!((before.taps, before.rules) == (0, 0), "the first leaves {before:?}");
+    for _ in 0..CYCLES {
+        let shown = rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_code(0)?.text();
+        ensure!(shown.contains("10.82.0.2/24"), "{shown}");
+    }
+    ensure_no_more_than(&before)?;
+
+    // One that is killed as well.
+    let bundle = namespace.bundle(&["sleep", "1000"])?;
+    shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
+        .expect_code(0)?;
+    let during = traces()?;
+    ensure!(during.taps > 0 && during.rules > 0, "this looks at the wrong place: {during:?}");
+    shell("pkill -9 -f '^rvm: story'")?.expect_code(0)?;
+    rvm(&["delete", "--force", "story"])?.expect_code(0)?;
+    ensure_no_more_than(&before)
+}
+
+/// What ends may take a moment to be gone, and other programs of the host come and go.
+fn ensure_no_more_than(before: &Traces) -> Result<()> {
+    eventually(&format!("no more than this is left: {before:?}"), || {
+        let now = traces()?;
+        Ok((now.taps, now.rules) == (0, 0)
+            && now.namespaces <= before.namespaces
+            && now.sockets <= before.sockets)
+    })
+}
+
+fn containers_come_and_go_on_a_network() -> Result<()> {
+    let _network = Network::create("e2e-cycles", &[])?;
+    let cycle =
+        || docker_run(&["--network", "e2e-cycles", "-p", "18080:80", "busybox", "true"])?.expect_code(0);
+    let look = "ls /sys/class/net | wc -l; ip -o link show type veth | wc -l; ss -H -tunl | wc -l; \
+                iptables-save | grep -c 18080; ls -l /proc/[0-9]*/exe 2>/dev/null | grep -c docker-proxy";
+    cycle()?;
+    let before = shell(look)?.text();
+    for _ in 0..4 {
+        cycle()?;
+    }
+    eventually("devices, ports and rules are as before", || Ok(shell(look)?.text() == before))
+}
