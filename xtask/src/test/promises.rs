@@ -28,9 +28,33 @@ fn every_story_that_the_docs_name_exists() {
         assert!(named.len() >= least, "{page} names only {} stories", named.len());
         for (suite, story) in named {
             assert!(
-                source_of(suite).contains(&format!("(\"{story}\", ")),
+                source_of(suite).contains(&format!("\"{story}\",")),
                 "{page}: {suite}::{story} is no story"
             );
         }
+    }
+}
+
+/// Commands of a shell session: the lines that begin with a prompt.
+fn commands_in(text: &str) -> Vec<&str> {
+    text.lines().filter_map(|line| line.strip_prefix("$ ")).collect()
+}
+
+#[test]
+fn the_page_of_the_walkthrough_has_the_commands_of_its_script() {
+    let read = |path| fs::read_to_string(repository().join(path)).unwrap();
+    let (page, script) = (read("docs/walkthrough.md"), read("tests/walkthrough/script"));
+    let steps = script.lines().filter_map(|line| {
+        let command = line.strip_prefix("run ").or_else(|| line.strip_prefix("quietly "))?;
+        // Between quotes, of which one kind has a dollar with a backslash in it. A command of two lines ends without.
+        let quote = command.chars().next()?;
+        let command = &command[quote.len_utf8()..];
+        Some(command.strip_suffix(quote).unwrap_or(command).replace("\\$", "$"))
+    });
+    assert_eq!(commands_in(&page), steps.collect::<Vec<_>>());
+    for program in ["api.py", "database"] {
+        let begin = format!("cat >{program} <<'END'\n");
+        let text = script.split_once(&begin).and_then(|(_, rest)| rest.split_once("\nEND\n")).unwrap().0;
+        assert!(page.contains(text), "{program} is another one on the page");
     }
 }
