@@ -139,6 +139,12 @@ impl Mounts {
         lock(&self.systems).get(&mount).is_some_and(|system| system.is_local)
     }
 
+    /// Whether this host's kernel tells of each change of a file's contents on a mount. Of an overlay it does not: who has
+    /// mapped a file there counts as a user of the layer's file.
+    pub(super) fn tells_of_contents(&self, mount: u64) -> bool {
+        lock(&self.systems).get(&mount).is_some_and(|system| system.is_local && !system.is_overlay)
+    }
+
     /// Whether these attributes are of a file whose names may become files of their own.
     pub(super) fn may_part(&self, status: &libc::statx) -> bool {
         let is_directory = u32::from(status.stx_mode) & libc::S_IFMT == libc::S_IFDIR;

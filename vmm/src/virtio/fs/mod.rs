@@ -50,6 +50,7 @@ mod thread;
 mod watches;
 mod wire;
 mod worker;
+mod writers;
 
 use std::io;
 use std::path::PathBuf;

@@ -43,7 +43,7 @@ pub(super) enum Subject<'n> {
 
 impl Subject<'_> {
     /// The word for it, as the guest's kernel finds it.
-    fn word(self) -> u64 {
+    pub(super) fn word(self) -> u64 {
         let hash = |kind: u64, id: u64| (id << 3 | kind).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let hash = match self {
             Subject::Everything => return 0,

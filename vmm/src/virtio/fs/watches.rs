@@ -1,17 +1,19 @@
 //! What the guest need not ask for again, because the server would hear of a change: the names in directories, that
-//! names are missing, and the attributes of directories.
+//! names are missing, and attributes.
 //!
-//! A directory is watched with inotify from when the guest looks into it. Each change in it, whoever makes it, becomes a
+//! A directory is watched with inotify from when the guest looks into it. Each change of it, whoever makes it, becomes a
 //! notice to the guest, see [`super::notices`]. The order makes it sound: first there is the watch, then the
 //! version is read, then the directory; so a change is either in the answer or has a notice with a later version. What the
 //! guest changes itself comes back as an event, too. It is heard before the version is read, and ends no answer but
 //! older ones.
 //!
-//! Files are not watched. A process of the host that has one mapped changes it without an event, and one that knows it
-//! by another name does so in another directory.
+//! A file is watched from when the guest asks for its attributes, beyond those that came with its name. It has a watch of
+//! its own, since it can be changed by names in other directories. Who has mapped it changes it without an event, so its
+//! validity is short as long as somebody may be writing to it, see [`super::writers`]; and for such a one to come there has to
+//! be an event, that of opening it. A file that is *quiet* has had no event since there was no writer.
 //!
 //! Watches are scarce. The directory that has been watched longest loses its watch to the next one, and what the
-//! guest knows of it becomes invalid. Where the host has no more to give, validity is short.
+//! guest knows of it becomes invalid. Where there are no more to give, validity is short.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -28,8 +30,9 @@ use super::inodes::lock;
 use super::notices::{Notices, Subject};
 use super::pins::Node;
 use super::server::{FileServer, descriptor_path};
+use super::writers;
 
-/// The most directories that are watched for one guest. Each takes about 1 KiB of the host's kernel, with its inode.
+/// The most inodes that are watched for one guest. Each takes about 1 KiB of the host's kernel, with its inode.
 const MAX_WATCHES: usize = 8192;
 /// The part of what a user may watch in all (`fs.inotify.max_user_watches`) that one guest may have.
 const SHARE: usize = 16;
@@ -48,7 +51,13 @@ const OF_NAMES: AddWatchFlags =
 const OF_ITSELF: AddWatchFlags =
     AddWatchFlags::IN_ATTRIB.union(AddWatchFlags::IN_DELETE_SELF).union(AddWatchFlags::IN_MOVE_SELF);
 
-/// The directories that are watched for the guest.
+/// A file may have been changed, or may be from now on.
+const OF_FILE: AddWatchFlags = OF_ITSELF
+    .union(AddWatchFlags::IN_OPEN)
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_CLOSE_WRITE);
+
+/// The inodes that are watched for the guest.
 #[derive(Debug)]
 pub(super) struct Watches {
     queue: Option<Queue>,
@@ -68,14 +77,22 @@ struct Queue {
 
 #[derive(Debug, Default)]
 struct Registry {
-    /// The directories of a watch: more than one where the same is mounted at several places.
+    /// The inodes of a watch: more than one where the same is mounted at several places.
     by_watch: HashMap<WatchDescriptor, Vec<u64>>,
-    by_id: HashMap<u64, WatchDescriptor>,
-    /// In the order in which they lose their watch. Some have none any more.
+    by_id: HashMap<u64, Watch>,
+    /// Directories, in the order in which they lose their watch. Some have none any more.
     order: VecDeque<u64>,
 }
 
-/// How many directories one guest may watch here.
+#[derive(Debug, Clone, Copy)]
+struct Watch {
+    descriptor: WatchDescriptor,
+    is_directory: bool,
+    /// There would be an event before anything changes.
+    is_quiet: bool,
+}
+
+/// How many inodes one guest may watch here.
 pub(super) fn limit() -> usize {
     let user = std::fs::read_to_string(USER_LIMIT).ok().and_then(|text| text.trim().parse().ok());
     (user.unwrap_or(USUAL_LIMIT) / SHARE).min(MAX_WATCHES)
@@ -87,12 +104,19 @@ impl Watches {
         Watches { queue: Queue::new(descriptors).ok(), limit, registry: Mutex::default() }
     }
 
-    /// Whether a directory is watched.
-    fn is_watched(&self, id: u64) -> bool {
-        lock(&self.registry).by_id.contains_key(&id)
+    /// Whether an inode is watched, and there would be an event before anything changes.
+    fn is_quiet(&self, id: u64) -> bool {
+        lock(&self.registry).by_id.get(&id).is_some_and(|watch| watch.is_quiet)
     }
 
-    /// Watches a directory. The thread must have [entered](super::thread::enter).
+    /// A file is quiet until its next event, or is not.
+    fn set_quiet(&self, id: u64, is_quiet: bool) {
+        if let Some(watch) = lock(&self.registry).by_id.get_mut(&id) {
+            watch.is_quiet = is_quiet;
+        }
+    }
+
+    /// Watches an inode. The thread must have [entered](super::thread::enter).
     fn watch(&self, node: &Node, notices: &Notices) -> Result<(), Errno> {
         let mut registry = lock(&self.registry);
         let id = node.inode.id;
@@ -100,18 +124,23 @@ impl Watches {
             return Ok(());
         }
         let queue = self.queue.as_ref().ok_or(Errno::ENOSPC)?;
+        let is_directory = node.inode.kind() == libc::S_IFDIR;
         while registry.by_id.len() >= self.limit {
+            // Directories matter more, and files are many.
+            if !is_directory {
+                return Err(Errno::ENOSPC);
+            }
             let oldest = registry.order.pop_front().ok_or(Errno::ENOSPC)?;
             registry.remove(oldest, queue);
             lost(oldest, notices);
         }
-        let flags = OF_NAMES | OF_ITSELF | AddWatchFlags::IN_ONLYDIR;
-        let watch = queue.inotify.add_watch(descriptor_path(&node.file).as_c_str(), flags)?;
-        registry.add(id, watch);
+        let flags = if is_directory { OF_NAMES | OF_ITSELF } else { OF_FILE };
+        let descriptor = queue.inotify.add_watch(descriptor_path(&node.file).as_c_str(), flags)?;
+        registry.add(id, Watch { descriptor, is_directory, is_quiet: is_directory });
         Ok(())
     }
 
-    /// Watches a directory no more, which the guest has forgotten.
+    /// Watches an inode no more, which the guest has forgotten.
     pub(super) fn forget(&self, id: u64) {
         if let Some(queue) = &self.queue {
             lock(&self.registry).remove(id, queue);
@@ -131,9 +160,36 @@ impl Watches {
     fn hear(&self, notices: &Notices) {
         let Some(queue) = &self.queue else { return };
         let _hearing = lock(&queue.hearing);
+        self.hear_but(queue, None, notices);
+    }
+
+    /// Opens a file to read it, and does not take the event of that for one of somebody else.
+    pub(super) fn open_to_read(
+        &self,
+        id: u64,
+        notices: &Notices,
+        open: impl FnOnce() -> Result<OwnedFd, Errno>,
+    ) -> Result<OwnedFd, Errno> {
+        let Some(queue) = self.queue.as_ref().filter(|_| self.is_quiet(id)) else { return open() };
+        let descriptor = lock(&self.registry).by_id.get(&id).map(|watch| watch.descriptor);
+        let _hearing = lock(&queue.hearing);
+        let file = open()?;
+        self.hear_but(queue, descriptor, notices);
+        // Somebody may have opened it just before or after, which makes one event of both. Who comes from now on has
+        // an event to himself.
+        if writers::may_exist(file.as_fd()) {
+            self.set_quiet(id, false);
+            notices.give(Subject::Contents(id));
+        }
+        Ok(file)
+    }
+
+    /// Makes notices of all that has happened, but for one inode's having been opened.
+    fn hear_but(&self, queue: &Queue, opened: Option<WatchDescriptor>, notices: &Notices) {
+        let counts = |event: &&InotifyEvent| event.mask != AddWatchFlags::IN_OPEN || Some(event.wd) != opened;
         for _ in 0..MAX_READS {
             match queue.inotify.read_events() {
-                Ok(events) => events.iter().for_each(|event| self.take(event, notices)),
+                Ok(events) => events.iter().filter(counts).for_each(|event| self.take(event, notices)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
                 // It cannot be told what was missed.
@@ -157,13 +213,16 @@ impl Watches {
                 registry.take(id);
                 lost(id, notices);
             } else if name.is_none() {
+                if let Some(watch) = registry.by_id.get_mut(&id) {
+                    watch.is_quiet = watch.is_directory;
+                }
                 notices.give(Subject::Access(id));
                 notices.give(Subject::Contents(id));
             }
         }
     }
 
-    /// How many directories are watched.
+    /// How many inodes are watched.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
         lock(&self.registry).by_id.len()
@@ -178,9 +237,12 @@ fn lost(id: u64, notices: &Notices) {
 }
 
 impl Registry {
-    fn add(&mut self, id: u64, watch: WatchDescriptor) {
-        self.by_watch.entry(watch).or_default().push(id);
+    fn add(&mut self, id: u64, watch: Watch) {
+        self.by_watch.entry(watch.descriptor).or_default().push(id);
         self.by_id.insert(id, watch);
+        if !watch.is_directory {
+            return;
+        }
         // What was forgotten is left in the order, until that makes up the most of it.
         if self.order.len() > 64 + 2 * self.by_id.len() {
             self.order.retain(|id| self.by_id.contains_key(id));
@@ -188,17 +250,17 @@ impl Registry {
         self.order.push_back(id);
     }
 
-    /// Takes the watch away from a directory, and from the host if nobody else has it.
+    /// Takes the watch away from an inode, and from the host if nobody else has it.
     fn remove(&mut self, id: u64, queue: &Queue) {
         if let Some(watch) = self.take(id) {
-            // It fails when the directory is gone, and the watch with it.
+            // It fails when the inode is gone, and the watch with it.
             let _ = queue.inotify.rm_watch(watch);
         }
     }
 
-    /// Takes the watch away from a directory; returns it if nobody else has it.
+    /// Takes the watch away from an inode; returns it if nobody else has it.
     fn take(&mut self, id: u64) -> Option<WatchDescriptor> {
-        let watch = self.by_id.remove(&id)?;
+        let watch = self.by_id.remove(&id)?.descriptor;
         let ids = self.by_watch.get_mut(&watch)?;
         ids.retain(|other| *other != id);
         if !ids.is_empty() {
@@ -237,24 +299,47 @@ impl Validity {
 }
 
 impl FileServer {
-    /// The validity of what will be seen of a directory, its names or its attributes, from now on. It is watched from
+    /// The validity of what will be seen of an inode, its attributes or the names in it, from now on. It is watched from
     /// now on, if that can be.
-    pub(super) fn watched(&self, directory: &Node) -> Validity {
-        let inode = &directory.inode;
-        let can_be = inode.kind() == libc::S_IFDIR && self.mounts.is_local(inode.mount());
+    pub(super) fn watched(&self, node: &Node) -> Validity {
+        let inode = &node.inode;
+        let can_be = match inode.kind() {
+            libc::S_IFDIR => self.mounts.is_local(inode.mount()),
+            libc::S_IFREG => self.mounts.tells_of_contents(inode.mount()),
+            _ => false,
+        };
         // Who takes no notices needs no watches.
-        if !can_be
-            || self.notices.validity().is_none()
-            || self.watches.watch(directory, &self.notices).is_err()
-        {
+        if !can_be || self.until_notice() == Validity::SHORT {
             return Validity::SHORT;
         }
-        self.until_notice()
+        match self.watches.watch(node, &self.notices) {
+            Ok(()) => self.quiet(node),
+            Err(_) => Validity::SHORT,
+        }
+    }
+
+    /// The validity of what will be seen of a watched inode. A file may have writers.
+    fn quiet(&self, node: &Node) -> Validity {
+        let id = node.inode.id;
+        let valid = self.until_notice();
+        if self.watches.is_quiet(id) {
+            return valid;
+        }
+        let Ok(file) = self.open_inode(node, OFlag::O_RDONLY) else { return Validity::SHORT };
+        // That was an event as well. One of another opening can be lost in it, but not who is open.
+        self.watches.hear(&self.notices);
+        self.watches.set_quiet(id, true);
+        let valid = self.until_notice();
+        if writers::may_exist(file.as_fd()) {
+            self.watches.set_quiet(id, false);
+            return Validity::SHORT;
+        }
+        valid
     }
 
     /// The validity of what was seen of an inode since `then` was the validity of something.
     pub(super) fn watched_since(&self, then: Validity, id: u64) -> Validity {
-        if then != Validity::SHORT && self.watches.is_watched(id) { then } else { Validity::SHORT }
+        if then != Validity::SHORT && self.watches.is_quiet(id) { then } else { Validity::SHORT }
     }
 
     /// The server has changed something. What it sees from now on has that behind it.
