@@ -79,7 +79,9 @@ impl FileServer {
             utimensat(&self.descriptors, path.as_c_str(), &accessed, &modified, flags)?;
         }
         self.hear_own_changes();
-        attributes_reply(&node, self.watched(&node))
+        // Of a file, who wants to know more asks again.
+        let valid = if node.inode.kind() == libc::S_IFDIR { self.watched(&node) } else { Validity::SHORT };
+        attributes_reply(&node, valid)
     }
 
     fn set_size(&self, node: &Node, change: &SetattrIn) -> Result<(), Errno> {

@@ -17,9 +17,10 @@
 //! # What is cached
 //!
 //! `docker cp`, volumes and other containers change files under a running guest, and it has to see that. Names
-//! and attributes are valid for 50 ms ([`VALIDITY`]), no longer than it takes to start a process with
-//! `docker exec`, yet enough for the dozens of look-ups of one `execve` or `#include` to cost one round trip each.
-//! File contents stay in the guest's page cache across opens only if the file has not changed since the last
+//! and attributes are valid until the server hears of a change and gives the guest a notice, see [`watches`] and
+//! [`notices`]. Where it would not hear of one they are valid for 50 ms ([`VALIDITY`]), no longer than it takes to start a
+//! process with `docker exec`, yet enough for the dozens of look-ups of one `execve` or `#include` to cost one round trip
+//! each. File contents stay in the guest's page cache across opens only if the file has not changed since the last
 //! open, and are dropped when its attributes show a change. Writes go through at once (no write-back cache), so a
 //! `sync` has only the host's cache to write out, see [`sync`].
 //! File locks are the guest's own: they hold between its processes, not against processes of the host. Nor does

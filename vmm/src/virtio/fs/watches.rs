@@ -147,6 +147,16 @@ impl Watches {
         }
     }
 
+    /// Watches an inode no more, though the guest still knows it.
+    pub(super) fn lose(&self, id: u64, notices: &Notices) {
+        let Some(queue) = &self.queue else { return };
+        let mut registry = lock(&self.registry);
+        if registry.by_id.contains_key(&id) {
+            registry.remove(id, queue);
+            lost(id, notices);
+        }
+    }
+
     /// Watches nothing.
     pub(super) fn clear(&self) {
         let Some(queue) = &self.queue else { return };
@@ -229,7 +239,7 @@ impl Watches {
     }
 }
 
-/// A directory has lost its watch.
+/// An inode has lost its watch.
 fn lost(id: u64, notices: &Notices) {
     for subject in [Subject::Names(id), Subject::Access(id), Subject::Contents(id)] {
         notices.give(subject);
@@ -331,7 +341,7 @@ impl FileServer {
         self.watches.set_quiet(id, true);
         let valid = self.until_notice();
         if writers::may_exist(file.as_fd()) {
-            self.watches.set_quiet(id, false);
+            self.watches.lose(id, &self.notices);
             return Validity::SHORT;
         }
         valid
