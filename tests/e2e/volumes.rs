@@ -337,7 +337,7 @@ const CHANGES: &[&str] = &[
     "mv moved folder; touch other; echo single >>../single",
     "chmod 755 ../single; mkdir moved; mv other moved/inner",
     "docker cp other.cp $id:/etc/copied && rm -f other.cp",
-    "touch later-16; python3 -c 'import mmap; file = open(\"none\", \"r+b\"); \
+    "touch later-16; docker run --rm --runtime runc -v $PWD:/volume -w /volume debian python3 -c 'import mmap; file = open(\"none\", \"r+b\"); \
         memory = mmap.mmap(file.fileno(), 5); file.close(); memory[:5] = b\"THERE\"'",
 ];
 
