@@ -105,7 +105,8 @@ fn is_plain() -> bool {
 fn names_are_valid_until_the_host_changes_them() {
     let mut guest = Listening::new();
     fs::write(guest.driver.host("file"), "").unwrap();
-    let names: [(&CStr, &str, fn(&Path)); 3] = [
+    type Change = fn(&Path);
+    let names: [(&CStr, &str, Change); 3] = [
         (c"none", "none", |path| fs::write(path, "").unwrap()),
         (c"file", "file", |path| fs::remove_file(path).unwrap()),
         (c"new", "new", |path| fs::rename(path.with_file_name("none"), path).unwrap()),
