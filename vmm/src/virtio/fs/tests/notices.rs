@@ -132,6 +132,8 @@ fn a_directorys_mode_is_valid_until_the_host_changes_it() {
     assert!(guest.is_valid(valid, &[Subject::Access(entry.nodeid)]));
     fs::set_permissions(guest.driver.host("inner"), Permissions::from_mode(0o711)).unwrap();
     guest.until_invalid(valid, &[Subject::Access(entry.nodeid)]);
+    // That is the notice before.
+    guest.until_invalid(valid, &[Subject::Contents(entry.nodeid)]);
     let (valid, attributes) = guest.attributes(entry.nodeid);
     assert_eq!(attributes.attr.mode & 0o777, 0o711);
     assert!(guest.is_valid(valid, &[Subject::Access(entry.nodeid), Subject::Contents(entry.nodeid)]));
@@ -145,8 +147,9 @@ fn a_files_attributes_are_valid_until_anybody_changes_it_by_any_name() {
     let mut guest = Listening::new();
     let elsewhere = tempfile::tempdir_in(guest.driver.host("..")).unwrap();
     let other = elsewhere.path().join("other");
-    let (_, id) = guest.file("file");
+    let (valid, id) = guest.file("file");
     fs::hard_link(guest.driver.host("file"), &other).unwrap();
+    guest.until_invalid(valid, &[Subject::Contents(id)]);
     let changes: [&dyn Fn(); 5] = [
         &|| fs::set_permissions(&other, Permissions::from_mode(0o600)).unwrap(),
         &|| OpenOptions::new().append(true).open(&other).unwrap().write_all(b"more").unwrap(),
