@@ -16,7 +16,9 @@ use crate::control::{Control, ControlError};
 use crate::error::{Context, Result};
 use crate::event::{Poller, Target};
 use crate::host::Host;
+use crate::network::Network;
 use crate::process::channel::AgentEnd;
+use crate::resolver::Resolver;
 use crate::stream::{GRACE, Stream, StreamId};
 use crate::sys::process::{Child, find_ended, reap};
 
@@ -33,6 +35,9 @@ pub struct Agent {
     started: bool,
     container: Option<Container>,
     memory: Option<MemoryEvents>,
+    network: Network,
+    /// There is one as soon as there is a network.
+    resolver: Option<Resolver>,
     processes: BTreeMap<ProcessId, Managed>,
     streams: HashMap<StreamId, Stream>,
     next_stream: u32,
@@ -85,6 +90,8 @@ impl Agent {
             started: false,
             container: None,
             memory: None,
+            network: Network::default(),
+            resolver: None,
             processes: BTreeMap::new(),
             streams: HashMap::new(),
             next_stream: 0,
@@ -107,10 +114,25 @@ impl Agent {
                     Target::Setup(id) => self.follow_launch(id),
                     Target::Local(id) => self.with_stream(id, |stream| stream.on_local(ready)),
                     Target::Connection(id) => self.with_stream(id, |stream| stream.on_connection(ready)),
+                    Target::Resolver
+                    | Target::ResolverDatagrams
+                    | Target::ResolverListener
+                    | Target::ResolverClient(_) => self.resolve(target, ready),
                 }
             }
             self.settle();
             self.control.flush(&self.poller)?;
+        }
+    }
+
+    fn resolve(&mut self, target: Target, ready: EpollFlags) {
+        let Some(resolver) = &mut self.resolver else { return };
+        match target {
+            Target::Resolver => resolver.on_upstream(ready, &self.poller),
+            Target::ResolverDatagrams => resolver.on_datagrams(self.host.as_ref(), &self.poller),
+            Target::ResolverListener => resolver.on_connection(&self.poller),
+            Target::ResolverClient(id) => resolver.on_client(id, ready, self.host.as_ref(), &self.poller),
+            _ => {}
         }
     }
 

@@ -27,6 +27,14 @@ pub enum Target {
     Local(StreamId),
     /// The connection of a stream to the host.
     Connection(StreamId),
+    /// The resolver's connection to the host.
+    Resolver,
+    /// Queries to the resolver as datagrams.
+    ResolverDatagrams,
+    /// A new connection to the resolver.
+    ResolverListener,
+    /// A connection to the resolver.
+    ResolverClient(u32),
 }
 
 impl Target {
@@ -38,6 +46,10 @@ impl Target {
             Target::Setup(ProcessId(id)) => (3, id),
             Target::Local(StreamId(id)) => (4, id),
             Target::Connection(StreamId(id)) => (5, id),
+            Target::Resolver => (6, 0),
+            Target::ResolverDatagrams => (7, 0),
+            Target::ResolverListener => (8, 0),
+            Target::ResolverClient(id) => (9, id),
         };
         (kind << 32) | u64::from(number)
     }
@@ -51,6 +63,10 @@ impl Target {
             3 => Target::Setup(ProcessId(number)),
             4 => Target::Local(StreamId(number)),
             5 => Target::Connection(StreamId(number)),
+            6 => Target::Resolver,
+            7 => Target::ResolverDatagrams,
+            8 => Target::ResolverListener,
+            9 => Target::ResolverClient(number),
             _ => return None,
         })
     }
@@ -135,6 +151,10 @@ mod tests {
             Target::Setup(ProcessId(u32::MAX)),
             Target::Local(StreamId(7)),
             Target::Connection(StreamId(u32::MAX)),
+            Target::Resolver,
+            Target::ResolverDatagrams,
+            Target::ResolverListener,
+            Target::ResolverClient(u32::MAX),
         ] {
             assert_eq!(Target::from_data(target.to_data()), Some(target));
         }

@@ -7,7 +7,7 @@
 //! guest is up; [`agent`] takes the requests of the [`control`] connection; [`network`] configures the
 //! interfaces; [`process::launch`] forks; the child makes the [`container`] around itself, or joins it, takes
 //! on the process's identity ([`process`]) and executes the program; [`stream`] carries what it reads and
-//! writes.
+//! writes; and [`resolver`] looks names up.
 
 pub mod agent;
 pub mod boot;
@@ -18,6 +18,7 @@ pub mod event;
 pub mod host;
 pub mod network;
 pub mod process;
+pub mod resolver;
 pub mod slots;
 pub mod stream;
 pub mod sys;

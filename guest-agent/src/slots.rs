@@ -27,6 +27,16 @@ pub fn interface_of(slot: u8) -> Result<String> {
     find(&directory, "net").ok_or_else(|| other(format!("the device in slot {slot} is no network interface")))
 }
 
+/// Takes the driver from the device in a slot, which the host is about to pull out.
+pub fn vacate(slot: u8) -> Result<()> {
+    let device = format!("virtio-mmio.{slot}");
+    match fs::write(Path::new(DRIVER).join("unbind"), &device) {
+        // It has none.
+        Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
+        unbound => unbound.context(|| format!("taking the driver from the device in slot {slot}")),
+    }
+}
+
 /// Major and minor number of the disk in a slot.
 pub fn disk_of(slot: u8) -> Result<(u32, u32)> {
     let directory = Path::new(DEVICES).join(format!("virtio-mmio.{slot}"));

@@ -3,7 +3,7 @@
 //! One definition serves both ends. The guest always connects to the host ([`HOST_CID`]): once to
 //! [`CONTROL_PORT`], which carries [`Frame`](frame)d [`ToAgent`] and [`FromAgent`] messages for the life of
 //! the guest, and once to [`STREAM_PORT`] for each standard stream of each process, which carries a
-//! [`StreamHeader`] and then plain bytes.
+//! [`StreamHeader`] and then plain bytes. A third port, [`RESOLVER_PORT`], takes [DNS messages](resolver) as they come up.
 //!
 //! Messages are encoded with postcard, whose enums are positional: any change of a message must raise
 //! [`VERSION`], and both ends refuse a peer of another version.
@@ -12,6 +12,7 @@ pub mod frame;
 pub mod message;
 pub mod network;
 mod program;
+pub mod resolver;
 pub mod stream;
 
 pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};
@@ -19,11 +20,12 @@ pub use message::{
     AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
     Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
 };
-pub use network::{Address, Interface, Neighbour, NetworkConfig, Route};
+pub use network::{Address, HOST_PORTS, Interface, Neighbour, NetworkConfig, Route};
+pub use resolver::{Lookup, LookupReader, MAX_DNS_MESSAGE, Transport};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;
@@ -36,6 +38,9 @@ pub const CONTROL_PORT: u32 = 1024;
 
 /// Host port of the stream connections.
 pub const STREAM_PORT: u32 = 1025;
+
+/// Host port of the guest's resolver.
+pub const RESOLVER_PORT: u32 = 1026;
 
 /// Tag of the virtio-fs device that serves the container's root filesystem.
 pub const ROOTFS_TAG: &str = "rootfs";

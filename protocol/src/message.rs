@@ -61,7 +61,8 @@ pub enum Request {
         /// The new limits; absent ones stay.
         resources: String,
     },
-    /// Configure further interfaces, or the changed state of known ones.
+    /// Make the network look like this from now on. What the last configuration had and this one has not goes; what
+    /// processes of the container have configured themselves stays.
     Network(NetworkConfig),
     /// Set the guest's clock, in nanoseconds since the epoch; sent after a pause.
     SetClock {

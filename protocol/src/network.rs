@@ -1,8 +1,13 @@
 //! What the guest's network shall look like: a copy of what the engine plumbed in the container's namespace.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
+
+/// Ports of the container's addresses at which the host's own stack receives, in the container's network namespace:
+/// engines ask name servers of the outside from there. The guest draws none of them for its connections.
+pub const HOST_PORTS: RangeInclusive<u16> = 65_024..=65_535;
 
 /// Everything the agent configures, in the order of its fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -23,6 +23,8 @@ pub struct Setup<'a> {
     pub environment: &'a [(&'a str, &'a str)],
     /// Whether it has the usual network, in a network namespace of its own.
     pub bridge: bool,
+    /// The network namespace that it is in, as `nsenter` takes it; otherwise one of its own.
+    pub namespace: Option<&'a str>,
     /// Whether it is of the older release, down to its runc.
     pub older: bool,
 }
@@ -55,6 +57,14 @@ impl Daemon {
         daemon.wait_until_it_answers().with_context(|| daemon.log())?;
         shell(&format!("docker save busybox | docker -H {} load", daemon.address()))?.expect_code(0)?;
         Ok(daemon)
+    }
+
+    /// Ends it and starts it anew. Its containers go on if it was told so (`--live-restore`).
+    pub fn restart(&mut self, setup: &Setup<'_>) -> Result<()> {
+        shell(&format!("kill {}", self.docker.id()))?.expect_code(0)?;
+        wait_for(&mut self.docker, "dockerd")?;
+        self.docker = start_docker(setup, self.folder.path())?;
+        self.wait_until_it_answers().with_context(|| self.log())
     }
 
     /// `docker` with these arguments, at this daemon.
@@ -92,8 +102,9 @@ fn place(folder: &Path, name: &str) -> String {
 fn start_docker(setup: &Setup<'_>, folder: &Path) -> Result<Child> {
     let place = |name: &str| place(folder, name);
     // In the host's namespace it would remove the host's bridge.
-    let mut command = Command::new("unshare");
-    command.arg("--net").arg(if setup.older { format!("{OLDER}/sbin/dockerd") } else { "dockerd".into() });
+    let mut command = Command::new(if setup.namespace.is_some() { "nsenter" } else { "unshare" });
+    command.arg(setup.namespace.map_or("--net".into(), |path| format!("--net={path}")));
+    command.arg(if setup.older { format!("{OLDER}/sbin/dockerd") } else { "dockerd".into() });
     command.args(["--data-root", &place("data"), "--exec-root", &place("exec")]);
     command.args(["--pidfile", &place("pid"), "--host", &format!("unix://{}", place("sock"))]);
     // What it shares with the host's is kept apart by name.

@@ -92,7 +92,8 @@ fn add_mounts(traces: &mut BTreeSet<String>) -> Result<()> {
     for line in mounts.lines() {
         let mut fields = line.split(' ').skip(3);
         let (root, place) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
-        if place.starts_with("/run/docker/netns/") {
+        // Whoever first makes a network namespace with a name (ip(8), podman) mounts the folder on itself, for good.
+        if place == "/run/netns" || place.starts_with("/run/docker/netns/") {
             continue;
         }
         traces.insert(format!("mount {place} of {root}"));

@@ -1,4 +1,5 @@
-//! `cargo xtask demo`: from a fresh machine to a container in a microVM, and what is special about it.
+//! `cargo xtask demo`: from a fresh machine to a container in a microVM, and what is special about it; and the tutorial,
+//! in the test host.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -8,15 +9,46 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rvm_tests::support::kvm::{self, Accelerator};
 
-use crate::{build, minihost, needs, rootfs};
+use crate::{build, host, minihost, needs, rootfs};
 
 const SCRIPT: &str = include_str!("demo/script");
+const WALKTHROUGH: &str = include_str!("../../tests/walkthrough/script");
+/// Runs the script in the environment with rvm as Docker's default runtime.
+const WITH_DEFAULT: &str = include_str!("demo/with-default");
 
 /// The demo itself takes seconds; this ends one that hangs.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Prepares what is missing, and shows a container.
-pub fn run() -> Result<ExitCode> {
+/// What to show.
+#[derive(Debug, clap::Args)]
+pub struct DemoArgs {
+    /// Show the tutorial instead: an API and its database, each in a microVM, with Docker in the test host
+    #[arg(value_enum)]
+    show: Option<Show>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Show {
+    Walkthrough,
+}
+
+/// Prepares what is missing, and shows a container or the tutorial.
+pub fn run(args: &DemoArgs) -> Result<ExitCode> {
+    match args.show {
+        None => container(),
+        Some(Show::Walkthrough) => walkthrough(),
+    }
+}
+
+fn walkthrough() -> Result<ExitCode> {
+    let host = host::up_to_date(true)?;
+    let mut words = vec!["env".to_owned(), format!("SCRIPT={WALKTHROUGH}")];
+    words.extend(colours().map(|(name, value)| format!("{name}={value}")));
+    words.extend(["sh", "-c", WITH_DEFAULT].map(String::from));
+    Ok(host::exit_code(host.command(words).status().context("cannot start ssh")?))
+}
+
+fn container() -> Result<ExitCode> {
     needs::demo()?;
     let artefacts = build::artefacts()?;
     let rootfs = rootfs::busybox()?;

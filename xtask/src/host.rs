@@ -44,7 +44,7 @@ pub fn run(args: HostArgs) -> Result<ExitCode> {
 }
 
 /// The test host, with the newest rvm unless tests run in it, which must not see it change.
-fn up_to_date(build: bool) -> Result<Host> {
+pub fn up_to_date(build: bool) -> Result<Host> {
     rvm_tests::host::may_make_image()?;
     let Some(_idle) = Suite::begin_other()? else {
         eprintln!("Tests run in the test host: it keeps the rvm that they began with.");
@@ -56,7 +56,8 @@ fn up_to_date(build: bool) -> Result<Host> {
     Host::ensure()
 }
 
-fn exit_code(status: ExitStatus) -> ExitCode {
+/// The exit code of a command in the test host, as a shell tells it.
+pub fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
 }

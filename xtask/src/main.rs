@@ -33,6 +33,7 @@ struct Cli {
 
 const EXAMPLES: &str = "Examples:
   cargo xtask demo                              a container in a microVM, from nothing
+  cargo xtask demo walkthrough                  an API and its database with Docker, from Dockerfiles to the clean-up
   cargo xtask test                              everything that CI runs
   cargo xtask test --e2e -- network             the end-to-end tests whose names contain `network`
   cargo xtask host -- docker run --rm --runtime=rvm busybox uname -r
@@ -45,7 +46,7 @@ const EXAMPLES: &str = "Examples:
 #[derive(Subcommand)]
 enum Chore {
     /// Show a container in a microVM: its output, both kernels, and the timeline of its start
-    Demo,
+    Demo(demo::DemoArgs),
     /// Run all tests: formatting, clippy, unit tests, and the end-to-end suites in the test host
     Test(test::TestArgs),
     /// Run the quick ones of the tests: formatting, clippy, unit tests
@@ -108,7 +109,7 @@ fn main() -> ExitCode {
 
 fn run(chore: Chore) -> Result<ExitCode> {
     match chore {
-        Chore::Demo => return demo::run(),
+        Chore::Demo(args) => return demo::run(&args),
         Chore::Test(args) => return Ok(test::run(&args)),
         Chore::Check => return Ok(test::check()),
         Chore::Host(args) => return host::run(args),

@@ -4,14 +4,15 @@ use nix::sys::time::TimeSpec;
 use nix::time::{self, ClockId};
 use oci_spec::runtime::{LinuxResources, Process};
 use rvm_protocol::{
-    AgentError, AgentErrorKind, ExecProcess, ProcessId, Reply, Request, StartContainer, ToAgent,
+    AgentError, AgentErrorKind, ExecProcess, NetworkConfig, ProcessId, Reply, Request, StartContainer,
+    ToAgent,
 };
 
 use super::{Agent, Managed, State};
 use crate::container::{self, Container, processes};
 use crate::error::{Context, Result, container_not_running, other};
-use crate::network;
 use crate::process::Place;
+use crate::resolver::Resolver;
 use crate::stream::Stream;
 use crate::sys::process::{send_signal_to, set_terminal_size};
 
@@ -35,7 +36,7 @@ impl Agent {
                 Ok(Reply::Done)
             }
             Request::Update { resources } => self.update(&resources),
-            Request::Network(config) => network::configure(&config).map(|()| Reply::Done),
+            Request::Network(config) => self.configure_network(&config).map(|()| Reply::Done),
             Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
         };
         self.reply(request, result);
@@ -45,13 +46,21 @@ impl Agent {
         if std::mem::replace(&mut self.started, true) {
             return Err(other("the container has been started already"));
         }
-        network::configure(&start.network)?;
+        self.configure_network(&start.network)?;
         let container = Container::prepare(start, &self.settings)?;
         let process = container.process()?.clone();
         self.watch_memory(&container.cgroup.memory_events());
         self.container = Some(container);
         let (streams, seccomp) = (&start.streams, start.seccomp.as_ref());
         self.launch(request, ProcessId::INIT, Place::New, &process, streams, seccomp)
+    }
+
+    fn configure_network(&mut self, config: &NetworkConfig) -> Result<()> {
+        self.network.configure(config)?;
+        if self.resolver.is_none() && !config.interfaces.is_empty() {
+            self.resolver = Some(Resolver::start(&self.poller, &self.settings.cgroups)?);
+        }
+        Ok(())
     }
 
     fn exec(&mut self, request: u64, exec: &ExecProcess) -> Result<()> {

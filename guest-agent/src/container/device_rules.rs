@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::cgroup::Cgroup;
 use crate::error::{Context, Result, other};
-use crate::sys::bpf::{self, Instruction};
+use crate::sys::bpf::{self, Hook, Instruction};
 
 const MKNOD: u8 = 1;
 const READ: u8 = 2;
@@ -68,8 +68,8 @@ pub fn enforce(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup], earlier: Option<&Ow
         )));
     }
     let what = || "enforcing the device rules";
-    let program = bpf::load_device_program(&program(&rules)).context(what)?;
-    bpf::attach_device_program(cgroup.open_directory()?, &program, earlier).context(what)?;
+    let program = bpf::load_program(Hook::Device, &program(&rules)).context(what)?;
+    bpf::attach_program(Hook::Device, cgroup.open_directory()?, &program, earlier).context(what)?;
     Ok(program)
 }
 

@@ -1,7 +1,7 @@
 //! The guest's network: a copy of what the engine plumbed on the host.
 //!
-//! The same configuration may come again, changed: everything is set so that setting it twice is setting it
-//! once, and addresses that are gone are removed.
+//! The configuration comes again, changed, when the engine plumbs a running container's namespace: everything is set so
+//! that setting it twice is setting it once, and what is gone is removed.
 
 pub mod netlink;
 pub mod socket;
@@ -9,7 +9,7 @@ pub mod socket;
 use std::fs;
 use std::net::IpAddr;
 
-use rvm_protocol::{Interface, NetworkConfig};
+use rvm_protocol::{HOST_PORTS, Interface, NetworkConfig};
 
 use self::netlink::RouteSocket;
 use crate::error::Result;
@@ -20,46 +20,110 @@ pub fn bring_loopback_up() -> Result<()> {
     RouteSocket::open()?.bring_up("lo")
 }
 
-/// Configures interfaces, routes and neighbours.
-pub fn configure(config: &NetworkConfig) -> Result<()> {
-    if *config == NetworkConfig::default() {
-        return Ok(());
+/// The network as the host wants it.
+#[derive(Default)]
+pub struct Network {
+    config: NetworkConfig,
+}
+
+impl Network {
+    /// Makes interfaces, routes and neighbours what the host wants them to be now. What processes of the container have
+    /// configured is theirs.
+    pub fn configure(&mut self, config: &NetworkConfig) -> Result<()> {
+        if *config == self.config {
+            return Ok(());
+        }
+        let mut socket = RouteSocket::open()?;
+        self.remove_what_is_gone(&mut socket, config)?;
+        name_interfaces(&mut socket, &config.interfaces)?;
+        for interface in &config.interfaces {
+            configure_interface(&mut socket, interface)?;
+        }
+        // A gateway must be reachable by a route that exists already.
+        let (direct, indirect): (Vec<_>, Vec<_>) =
+            config.routes.iter().partition(|route| route.gateway.is_none());
+        for route in direct.into_iter().chain(indirect) {
+            socket.add_route(route)?;
+        }
+        for neighbour in &config.neighbours {
+            socket.add_neighbour(neighbour)?;
+        }
+        reserve_ports();
+        self.config = config.clone();
+        Ok(())
     }
-    let mut socket = RouteSocket::open()?;
-    for interface in &config.interfaces {
-        configure_interface(&mut socket, interface)?;
+
+    fn remove_what_is_gone(&self, socket: &mut RouteSocket, config: &NetworkConfig) -> Result<()> {
+        for neighbour in self.config.neighbours.iter().filter(|old| !config.neighbours.contains(old)) {
+            socket.remove_neighbour(neighbour)?;
+        }
+        for route in self.config.routes.iter().filter(|old| !config.routes.contains(old)) {
+            socket.remove_route(route)?;
+        }
+        for old in &self.config.interfaces {
+            let Some(new) = config.interfaces.iter().find(|new| new.slot == old.slot) else {
+                slots::vacate(old.slot)?;
+                continue;
+            };
+            // One that the container has renamed is found by its slot.
+            let name = slots::interface_of(old.slot)?;
+            let index = socket.index(&name)?;
+            for address in old.addresses.iter().filter(|address| !new.addresses.contains(address)) {
+                socket.remove_address(index, &name, address)?;
+            }
+        }
+        Ok(())
     }
-    // A gateway must be reachable by a route that exists already.
-    let (direct, indirect): (Vec<_>, Vec<_>) =
-        config.routes.iter().partition(|route| route.gateway.is_none());
-    for route in direct.into_iter().chain(indirect) {
-        socket.add_route(route)?;
-    }
-    for neighbour in &config.neighbours {
-        socket.add_neighbour(neighbour)?;
+}
+
+fn name_interfaces(socket: &mut RouteSocket, interfaces: &[Interface]) -> Result<()> {
+    let found = interfaces.iter().map(|interface| slots::interface_of(interface.slot));
+    let found: Vec<String> = found.collect::<Result<_>>()?;
+    let wanted = interfaces.iter().map(|interface| interface.name.as_str());
+    give_names(socket, &found.iter().map(String::as_str).zip(wanted).collect::<Vec<_>>())
+}
+
+/// Gives interfaces, by the names that they have, those that they shall have. The kernel numbers them in the order of
+/// their slots, the engine as it likes, so one may have the name that another shall get.
+fn give_names(socket: &mut RouteSocket, names: &[(&str, &str)]) -> Result<()> {
+    let indexes: Vec<u32> = names.iter().map(|(found, _)| socket.index(found)).collect::<Result<_>>()?;
+    for (index, (_, name)) in indexes.iter().zip(names) {
+        let holder = socket.index(name).ok();
+        if holder == Some(*index) {
+            continue;
+        }
+        if let Some(holder) = holder.filter(|holder| indexes.contains(holder)) {
+            // The kernel puts a number that is free.
+            socket.take_down(holder, name)?;
+            socket.rename(holder, "moved%d")?;
+        }
+        // The kernel renames no interface that is up.
+        socket.take_down(*index, name)?;
+        socket.rename(*index, name)?;
     }
     Ok(())
 }
 
 fn configure_interface(socket: &mut RouteSocket, interface: &Interface) -> Result<()> {
-    let found = slots::interface_of(interface.slot)?;
-    let index = socket.index(&found)?;
     let name = &interface.name;
-    if found != *name {
-        // The kernel renames no interface that is up.
-        socket.rename(index, name)?;
-    }
+    let index = socket.index(name)?;
     if hardware_address(name) != Some(interface.mac) {
         socket.set_hardware_address(index, name, interface.mac)?;
     }
     socket.set_mtu(index, name, interface.mtu)?;
     configure_ipv6(interface);
-    socket.remove_other_addresses(index, interface)?;
     // The addresses first: what comes in as soon as the interface is up shall find them.
     for address in &interface.addresses {
         socket.add_address(index, name, address)?;
     }
     socket.bring_up(name)
+}
+
+/// Answers to these ports do not come here.
+fn reserve_ports() {
+    let (first, last) = (HOST_PORTS.start(), HOST_PORTS.end());
+    // Every kernel of ours has the file; without it, a connection in some hundreds would be lost.
+    let _ = fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", format!("{first}-{last}"));
 }
 
 fn hardware_address(interface: &str) -> Option<[u8; 6]> {
@@ -82,7 +146,37 @@ fn configure_ipv6(interface: &Interface) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
+
+    fn ip(arguments: &str) -> bool {
+        Command::new("ip").args(arguments.split(' ')).output().is_ok_and(|output| output.status.success())
+    }
+
+    #[test]
+    fn names_are_given_in_any_order() {
+        let made = unshare(CloneFlags::CLONE_NEWNET).is_ok()
+            && ip("link add eth0 type veth peer name eth1")
+            && ip("link add eth2 type dummy");
+        if !made {
+            eprintln!("not tested: this kernel makes no network namespaces, or no devices in them");
+            return;
+        }
+        let mut socket = RouteSocket::open().unwrap();
+        let before = ["eth0", "eth1", "eth2"].map(|name| socket.index(name).unwrap());
+        // A swap; and one takes the very name that the other is put aside under.
+        give_names(&mut socket, &[("eth0", "eth1"), ("eth1", "moved0"), ("eth2", "eth0")]).unwrap();
+        assert_eq!(["eth1", "moved0", "eth0"].map(|name| socket.index(name).unwrap()), before);
+        give_names(&mut socket, &[("eth1", "eth1"), ("moved0", "net")]).unwrap();
+        assert_eq!(["eth1", "net", "eth0"].map(|name| socket.index(name).unwrap()), before);
+        // What is not ours stays as it is.
+        let error = give_names(&mut socket, &[("eth1", "eth0")]).unwrap_err();
+        assert_eq!(error.message, "naming an interface eth0: file exists");
+        assert_eq!(socket.index("eth0").unwrap(), before[2]);
+    }
 
     #[test]
     fn a_hardware_address_is_read() {

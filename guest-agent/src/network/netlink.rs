@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE, Parseable};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
@@ -12,8 +12,9 @@ use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, Neig
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use rvm_protocol::{Address, Interface, Neighbour, Route};
+use rvm_protocol::{Address, Neighbour, Route};
 
 use super::socket::NetlinkSocket;
 use crate::error::{Context, Result};
@@ -46,7 +47,14 @@ impl RouteSocket {
         self.set_link(message, || format!("bringing the interface {name} up"))
     }
 
-    /// Renames an interface.
+    /// Takes an interface down.
+    pub fn take_down(&mut self, index: u32, name: &str) -> Result<()> {
+        let mut message = link(index);
+        message.header.change_mask = LinkFlags::Up;
+        self.set_link(message, || format!("taking the interface {name} down"))
+    }
+
+    /// Renames an interface, which must be down.
     pub fn rename(&mut self, index: u32, name: &str) -> Result<()> {
         let mut message = link(index);
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
@@ -75,57 +83,64 @@ impl RouteSocket {
             .context(|| format!("adding the address {}/{} to {name}", address.ip, address.prefix))
     }
 
-    /// Removes the addresses of an interface that are not among those wanted.
-    pub fn remove_other_addresses(&mut self, index: u32, interface: &Interface) -> Result<()> {
-        let what = || format!("removing an old address of {}", interface.name);
-        for message in self.addresses(index).context(what)? {
-            if !is_wanted(&message, interface) {
-                self.socket.change(libc::RTM_DELADDR, &message, 0).context(what)?;
-            }
-        }
-        Ok(())
+    /// Removes an address; one that is gone already is no error.
+    pub fn remove_address(&mut self, index: u32, name: &str, address: &Address) -> Result<()> {
+        let removed = self.socket.change(libc::RTM_DELADDR, &address_message(index, address), 0);
+        gone(removed)
+            .context(|| format!("removing the address {}/{} from {name}", address.ip, address.prefix))
     }
 
     /// Adds a route to the main table, or changes it where it is there.
     pub fn add_route(&mut self, route: &Route) -> Result<()> {
-        let what = || {
-            let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
-            format!("adding the route to {}/{}{via}", route.destination.ip, route.destination.prefix)
-        };
         let index = route.interface.as_deref().map(|name| self.index(name)).transpose()?;
-        self.socket.change(libc::RTM_NEWROUTE, &route_message(route, index), SET).context(what)
+        let added = self.socket.change(libc::RTM_NEWROUTE, &route_message(route, index), SET);
+        added.context(|| format!("adding the route to {}", way(route)))
+    }
+
+    /// Removes a route of the main table; one that is gone already, perhaps with its interface, is no error.
+    pub fn remove_route(&mut self, route: &Route) -> Result<()> {
+        let index = match route.interface.as_deref().map(if_nametoindex) {
+            None => None,
+            Some(Ok(index)) => Some(index),
+            Some(Err(_)) => return Ok(()),
+        };
+        let removed = self.socket.change(libc::RTM_DELROUTE, &route_message(route, index), 0);
+        gone(removed).context(|| format!("removing the route to {}", way(route)))
     }
 
     /// Adds a permanent neighbour, or changes it where it is there.
     pub fn add_neighbour(&mut self, neighbour: &Neighbour) -> Result<()> {
-        let mut message = NeighbourMessage::default();
-        message.header.family = family(neighbour.ip);
-        message.header.ifindex = self.index(&neighbour.interface)?;
-        message.header.state = NeighbourState::Permanent;
-        message.attributes = vec![
-            NeighbourAttribute::Destination(neighbour.ip.into()),
-            NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()),
-        ];
+        let message = neighbour_message(neighbour, self.index(&neighbour.interface)?);
         self.socket
             .change(libc::RTM_NEWNEIGH, &message, SET)
             .context(|| format!("adding the neighbour {} of {}", neighbour.ip, neighbour.interface))
     }
 
+    /// Removes a neighbour; one that is gone already is no error.
+    pub fn remove_neighbour(&mut self, neighbour: &Neighbour) -> Result<()> {
+        let Ok(index) = if_nametoindex(neighbour.interface.as_str()) else { return Ok(()) };
+        let removed = self.socket.change(libc::RTM_DELNEIGH, &neighbour_message(neighbour, index), 0);
+        gone(removed)
+            .context(|| format!("removing the neighbour {} of {}", neighbour.ip, neighbour.interface))
+    }
+
     fn set_link(&mut self, message: LinkMessage, what: impl FnOnce() -> String) -> Result<()> {
         self.socket.change(libc::RTM_SETLINK, &message, 0).context(what)
     }
+}
 
-    fn addresses(&mut self, index: u32) -> nix::Result<Vec<AddressMessage>> {
-        let mut found = Vec::new();
-        self.socket.list(libc::RTM_GETADDR, &AddressMessage::default(), |body| {
-            if let Ok(message) = AddressMessage::parse(body)
-                && message.header.index == index
-            {
-                found.push(message);
-            }
-        })?;
-        Ok(found)
+/// What is to go and is not there any more needs no removing.
+fn gone(removed: nix::Result<()>) -> nix::Result<()> {
+    match removed {
+        Err(Errno::ESRCH | Errno::ENOENT | Errno::ENODEV | Errno::EADDRNOTAVAIL) => Ok(()),
+        removed => removed,
     }
+}
+
+/// Where a route leads, in words.
+fn way(route: &Route) -> String {
+    let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+    format!("{}/{}{via}", route.destination.ip, route.destination.prefix)
 }
 
 fn family(address: IpAddr) -> AddressFamily {
@@ -164,22 +179,16 @@ fn address_message(index: u32, address: &Address) -> AddressMessage {
     message
 }
 
-fn is_wanted(message: &AddressMessage, interface: &Interface) -> bool {
-    let local = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Local(ip) => Some(*ip),
-        _ => None,
-    });
-    let address = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Address(ip) => Some(*ip),
-        _ => None,
-    });
-    let Some(ip) = local.or(address) else { return true };
-    // The kernel's own link-local address is not the engine's business.
-    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
-        || interface
-            .addresses
-            .iter()
-            .any(|wanted| wanted.ip == ip && wanted.prefix == message.header.prefix_len)
+fn neighbour_message(neighbour: &Neighbour, index: u32) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(neighbour.ip);
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(neighbour.ip.into()),
+        NeighbourAttribute::LinkLayerAddress(neighbour.mac.to_vec()),
+    ];
+    message
 }
 
 fn route_message(route: &Route, index: Option<u32>) -> RouteMessage {
@@ -240,30 +249,48 @@ mod tests {
         Some(socket)
     }
 
+    /// The addresses of IPv4 in the namespace, as local routes show them.
+    fn has_address(text: &str) -> bool {
+        fs::read_to_string("/proc/thread-self/net/fib_trie").unwrap().contains(text)
+    }
+
     #[test]
-    fn addresses_are_set_twice_and_removed_once() {
+    fn addresses_are_set_twice_and_removed_twice() {
         let Some(mut socket) = own_network() else { return };
         let index = socket.index("lo").unwrap();
-        let mut interface = Interface {
-            slot: 3,
-            name: "lo".into(),
-            mac: [0; 6],
-            mtu: 1400,
-            addresses: vec![address("127.0.0.1", 8), address("10.1.2.3", 24), address("fd00::1", 64)],
-        };
+        let addresses = [address("10.1.2.3", 24), address("fd00::1", 64)];
         for _ in 0..2 {
-            socket.set_mtu(index, "lo", interface.mtu).unwrap();
-            for address in &interface.addresses {
+            socket.set_mtu(index, "lo", 1400).unwrap();
+            for address in &addresses {
                 socket.add_address(index, "lo", address).unwrap();
             }
         }
-        interface.addresses.pop();
-        socket.remove_other_addresses(index, &interface).unwrap();
-        let left = socket.addresses(index).unwrap();
-        assert_eq!(left.len(), 2, "{left:?}");
-        assert!(left.iter().all(|message| is_wanted(message, &interface)));
+        assert!(has_address("10.1.2.3") && has_address("127.0.0.1"));
+        for _ in 0..2 {
+            for address in &addresses {
+                socket.remove_address(index, "lo", address).unwrap();
+            }
+        }
+        assert!(!has_address("10.1.2.3") && has_address("127.0.0.1"));
         let link = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
         assert!(!link.contains("fd00"), "{link}");
+    }
+
+    #[test]
+    fn what_is_gone_can_be_removed() {
+        let Some(mut socket) = own_network() else { return };
+        let index = socket.index("lo").unwrap();
+        socket.add_address(index, "lo", &address("10.1.2.3", 24)).unwrap();
+        let route = route("10.9.0.0", 16, None);
+        let neighbour = Neighbour { interface: "lo".into(), ip: "10.1.2.9".parse().unwrap(), mac: [2; 6] };
+        socket.add_route(&route).unwrap();
+        for _ in 0..2 {
+            socket.remove_route(&route).unwrap();
+            socket.remove_neighbour(&neighbour).unwrap();
+        }
+        let elsewhere = Route { interface: Some("none".into()), ..route };
+        socket.remove_route(&elsewhere).unwrap();
+        assert_eq!(fs::read_to_string("/proc/thread-self/net/route").unwrap().lines().count(), 1);
     }
 
     #[test]

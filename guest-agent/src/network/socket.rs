@@ -5,8 +5,8 @@
 //! each guest would load.
 
 use netlink_packet_core::{
-    DecodeError, Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+    DecodeError, Emitable, NLM_F_ACK, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -32,40 +32,20 @@ impl NetlinkSocket {
 
     /// Asks for a change, and waits until it is made or refused.
     pub fn change(&mut self, kind: u16, body: &dyn Emitable, flags: u16) -> nix::Result<()> {
-        self.exchange(Request { kind, body }, NLM_F_ACK | flags, |_| {})
-    }
-
-    /// Asks for a list, and hands over the body of each entry.
-    pub fn list(&mut self, kind: u16, body: &dyn Emitable, entry: impl FnMut(&[u8])) -> nix::Result<()> {
-        self.exchange(Request { kind, body }, NLM_F_DUMP, entry)
-    }
-
-    /// Sends a request and takes the answers up to the one that ends them.
-    fn exchange(
-        &mut self,
-        request: Request<'_>,
-        flags: u16,
-        mut entry: impl FnMut(&[u8]),
-    ) -> nix::Result<()> {
-        self.send(request, flags)?;
+        self.send(Request { kind, body }, NLM_F_ACK | flags)?;
         loop {
             let mut received = Vec::with_capacity(RECEIVE_BUFFER);
             self.socket.recv(&mut received, 0).map_err(errno)?;
             let mut rest = received.as_slice();
             while !rest.is_empty() {
-                let answer = NetlinkMessage::<Entry>::deserialize(rest).map_err(|_| Errno::EBADMSG)?;
-                let length = answer.header.length as usize;
-                if answer.header.sequence_number == self.sequence {
-                    match answer.payload {
-                        NetlinkPayload::Error(error) => {
-                            return error.code.map_or(Ok(()), |code| Err(Errno::from_raw(-code.get())));
-                        }
-                        NetlinkPayload::Done(_) => return Ok(()),
-                        NetlinkPayload::InnerMessage(Entry(body)) => entry(&body),
-                        _ => {}
-                    }
+                let answer = NetlinkMessage::<Other>::deserialize(rest).map_err(|_| Errno::EBADMSG)?;
+                if answer.header.sequence_number == self.sequence
+                    && let NetlinkPayload::Error(error) = answer.payload
+                {
+                    return error.code.map_or(Ok(()), |code| Err(Errno::from_raw(-code.get())));
                 }
                 // Messages are padded to four bytes.
+                let length = answer.header.length as usize;
                 rest = rest.get(length.max(1).next_multiple_of(4)..).unwrap_or_default();
             }
         }
@@ -103,14 +83,14 @@ impl NetlinkSerializable for Request<'_> {
     }
 }
 
-/// The body of an answer that is neither an error nor an end.
-struct Entry(Vec<u8>);
+/// An answer that tells neither success nor an error; nothing is asked for that has one.
+struct Other;
 
-impl NetlinkDeserializable for Entry {
+impl NetlinkDeserializable for Other {
     type Error = DecodeError;
 
-    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(Self(payload.to_vec()))
+    fn deserialize(_: &NetlinkHeader, _: &[u8]) -> Result<Self, DecodeError> {
+        Ok(Self)
     }
 }
 

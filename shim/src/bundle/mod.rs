@@ -4,6 +4,7 @@
 //! What is senseless, unknown, or impossible in a virtual machine is refused in one sentence that names the field;
 //! what merely has no effect there becomes a warning.
 
+mod annotations;
 mod capabilities;
 mod disks;
 mod error;
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
+pub use annotations::NetworkRates;
 pub use disks::{HostDisk, MAX_DISKS};
 pub use error::BundleError;
 pub use rlimits::inherit_limits;
@@ -44,6 +46,8 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// The host's block devices that become disks of the guest.
     pub disks: Vec<HostDisk>,
+    /// What the container's network is limited to.
+    pub network_rates: NetworkRates,
     /// What the description asks for that has no effect in a microVM: one sentence each.
     pub warnings: Vec<String>,
     guest_spec: String,
@@ -76,9 +80,10 @@ impl Bundle {
         validate::spec(&mut spec, &path, &mut warnings)?;
         microvm::possible(&mut spec, &mut warnings)?;
         let disks = spec.linux().as_ref().map_or(Ok(Vec::new()), disks::of)?;
+        let network_rates = annotations::network_rates(&spec, &mut warnings)?;
         let rootfs = rootfs(&path, &spec)?;
         let guest_spec = guest::spec_json(&spec)?;
-        Ok(Bundle { path, spec, rootfs, disks, warnings, guest_spec })
+        Ok(Bundle { path, spec, rootfs, disks, network_rates, warnings, guest_spec })
     }
 
     /// The description as the agent gets it, without what concerns only the host.

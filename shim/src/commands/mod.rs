@@ -21,6 +21,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::error::{EXEC_FAILURE, Error, FAILURE};
 use crate::logging::{Log, LogFormat};
 use crate::monitor;
+use crate::network::follow;
 use crate::spec::OCI_VERSION;
 use crate::timeline::Timeline;
 
@@ -132,6 +133,7 @@ pub fn main() -> ExitCode {
     match std::env::args_os().nth(1) {
         Some(first) if first == monitor::handshake::SUBCOMMAND => return stay(monitor::run()),
         Some(first) if first == stub::SUBCOMMAND => return stay(stub::run()),
+        Some(first) if first == follow::SUBCOMMAND => return stay(follow::run()),
         _ => {}
     }
     let words: Vec<OsString> = std::env::args_os().collect();

@@ -167,6 +167,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         seccomp: filter,
         shape,
         disks: request.bundle.disks.clone(),
+        network_rates: request.bundle.network_rates,
         hook_state: hook_state.clone(),
         log_format: request.log.format(),
         debug: request.log.is_debug(),

@@ -6,13 +6,12 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use rvm_protocol::NetworkConfig;
-
 use super::{Container, ContainerError, Status, folder};
 use crate::cause::Cause;
 use crate::control::{Command, Connection, ControlError, Refusal};
 use crate::hooks::{self, HookError, HookKind};
 use crate::logging::Log;
+use crate::network::follow::{self, Assignment};
 use crate::network::{self, Connected, NetworkError};
 
 /// Why a container could not be started.
@@ -57,12 +56,14 @@ pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
         }
     }
     let connection = container.connect()?;
-    let connected = connect_network(container)?;
-    for (interface, _) in &connected.interfaces {
+    let namespace = open_network(container)?;
+    let connected = network::connect(namespace.as_fd())?;
+    for interface in &connected.wiring.config.interfaces {
         log.debug(format!("{}: connected {} ({:?})", container.id(), interface.name, interface.addresses));
     }
     let oom_reports = prepare_oom_reports(container, log);
-    ask(container, &connection, connected, oom_reports)?;
+    ask(container, &connection, &connected, oom_reports)?;
+    follow_network(container, connected, &namespace, log);
     let state = container.record.report(Status::Running).to_json();
     hooks::run(HookKind::Poststart, &container.record.poststart, &state).inspect_err(|_| {
         // The specification (1.2, lifecycle) has the container stopped when one of these hooks fails.
@@ -71,15 +72,33 @@ pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
     Ok(())
 }
 
-fn connect_network(container: &Container) -> Result<Connected, StartError> {
+fn open_network(container: &Container) -> Result<File, StartError> {
     let monitor = container.monitor()?;
-    let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid))
-        .map_err(|error| StartError::Namespace(error.into()))?;
     if container.record.network_namespace.is_some() {
         // Before anything is connected: tells `delete` that there may be something to take back.
         container.folder().write(folder::NETWORK, b"").map_err(|error| StartError::Record(error.into()))?;
     }
-    Ok(network::connect(namespace.as_fd())?)
+    File::open(format!("/proc/{}/ns/net", monitor.pid)).map_err(|error| StartError::Namespace(error.into()))
+}
+
+/// A container that is connected with nothing stays so: engines give such a namespace no network later.
+fn follow_network(container: &Container, connected: Connected, namespace: &File, log: &Log) {
+    if connected.wiring.devices.is_empty() {
+        return;
+    }
+    let assignment = Assignment {
+        id: container.id().to_owned(),
+        cgroup: container.record.cgroup.clone(),
+        wiring: connected.wiring,
+        log_format: log.format(),
+    };
+    let followed = container.connect().map_err(|error| error.to_string()).and_then(|connection| {
+        follow::spawn(&assignment, &connection, namespace.as_fd(), log).map_err(|error| error.to_string())
+    });
+    if let Err(error) = followed {
+        // It runs; that it cannot be connected with further networks is no reason to end it.
+        log.warning(format!("later changes of the network will not reach the guest: {error}"));
+    }
 }
 
 /// By now the engine knows the cgroup whose counters it watches. A container without a limit has a whole machine to fill,
@@ -98,14 +117,13 @@ fn prepare_oom_reports(container: &Container, log: &Log) -> Option<File> {
 fn ask(
     container: &Container,
     connection: &Connection,
-    connected: Connected,
+    connected: &Connected,
     oom_reports: Option<File>,
 ) -> Result<(), StartError> {
-    let (interfaces, taps): (Vec<_>, Vec<_>) = connected.interfaces.into_iter().unzip();
-    let network = NetworkConfig { interfaces, routes: connected.routes, neighbours: connected.neighbours };
     let descriptors: Vec<_> =
-        taps.iter().map(AsFd::as_fd).chain(oom_reports.as_ref().map(AsFd::as_fd)).collect();
-    connection.order(&Command::Start { network }, &descriptors).map_err(|error| match error {
+        connected.taps.iter().map(AsFd::as_fd).chain(oom_reports.as_ref().map(AsFd::as_fd)).collect();
+    let command = Command::Start(connected.wiring.clone());
+    connection.order(&command, &descriptors).map_err(|error| match error {
         ControlError::Refused(refusal) => StartError::Refused(refusal),
         error => container.conversation_failed(error).into(),
     })

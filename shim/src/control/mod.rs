@@ -13,23 +13,23 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-use rvm_protocol::{ExitStatus, GuestProcess, NetworkConfig};
+use rvm_protocol::{ExitStatus, GuestProcess};
 use serde::{Deserialize, Serialize};
 
 pub use packet::{Packet, receive, send};
 pub use refusal::{Refusal, RefusalKind};
 
 use crate::cause::Cause;
+use crate::network::Wiring;
 
 /// What a command asks of the monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Start the container's process. A tap's descriptor goes along for each interface, in their order, and one more
     /// where kills for want of memory can be told to the engine.
-    Start {
-        /// What the guest's network shall look like; the monitor fills the slots in.
-        network: NetworkConfig,
-    },
+    Start(Wiring),
+    /// The network has changed. A tap's descriptor goes along for each interface whose device is new, in their order.
+    Network(Wiring),
     /// Signal the container's process, or all its processes.
     Signal {
         /// Number of the signal.
@@ -64,7 +64,8 @@ impl Command {
     /// What it asks for, in a word or two for the log.
     pub fn name(&self) -> &'static str {
         match self {
-            Command::Start { .. } => "start",
+            Command::Start(_) => "start",
+            Command::Network(_) => "change the network",
             Command::Signal { .. } => "signal",
             Command::Exec(_) => "execute a process",
             Command::SignalExec { .. } => "signal an executed process",

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
-use rvm_protocol::{CONTROL_PORT, GUEST_CID, ROOTFS_TAG, STREAM_PORT};
+use rvm_protocol::{CONTROL_PORT, GUEST_CID, RESOLVER_PORT, ROOTFS_TAG, STREAM_PORT};
 use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
 use rvm_vmm::virtio::block::BlockDevice;
@@ -47,6 +47,8 @@ pub struct Booting {
     pub control: VsockListener,
     /// Where streams arrive.
     pub streams: VsockListener,
+    /// Where the guest's resolver arrives.
+    pub lookups: VsockListener,
     /// Drives the devices that never block.
     pub events: EventLoop,
 }
@@ -93,6 +95,7 @@ impl Built {
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
         let streams = guest.listen(STREAM_PORT)?;
+        let lookups = guest.listen(RESOLVER_PORT)?;
         let root = FsDevice::new(ROOTFS_TAG, files.serve_root(Path::new("/"))?)?;
         machine.plug(VSOCK_SLOT, Box::new(vsock))?;
         machine.plug(RNG_SLOT, Box::new(RngDevice::new(events.handle())))?;
@@ -104,7 +107,7 @@ impl Built {
         if let Some(entry) = machine.timeline().kernel_entry {
             timeline.mark_at(Phase::KernelEntry, entry);
         }
-        Ok(Booting { machine, control, streams, events })
+        Ok(Booting { machine, control, streams, lookups, events })
     }
 }
 

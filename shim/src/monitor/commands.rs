@@ -3,10 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use rvm_protocol::{Disk, ExecProcess, ExitStatus, NetworkConfig, ProcessId, Request, StartContainer};
-use rvm_vmm::virtio::net::NetDevice;
+use rvm_protocol::{Disk, ExecProcess, ExitStatus, ProcessId, Request, StartContainer};
 
-use super::boot::{self, SLOTS};
+use super::boot;
 use super::clients::ClientId;
 use super::execution::Execution;
 use super::service::{Deadline, KILL_PATIENCE, Outcome, SYNC_PATIENCE, Service};
@@ -14,6 +13,7 @@ use super::streams::{Stream, StreamRole};
 use crate::console;
 use crate::container::{StateReport, Status, Step};
 use crate::control::{Answer, Command, Exec, Packet, WindowSize};
+use crate::network::Wiring;
 use crate::signals;
 use crate::timeline::Phase;
 
@@ -35,6 +35,8 @@ pub(super) enum Pending {
     List(ClientId),
     /// A command that wants the machine halted once everything is written back.
     PauseSync(ClientId),
+    /// The command that follows the network.
+    Network(ClientId),
     /// Nobody.
     Nobody,
 }
@@ -43,7 +45,8 @@ impl Service {
     pub(super) fn on_command(&mut self, client: ClientId, packet: Packet<Command>) {
         self.log.debug(format!("{}: asked to {}", self.setup.id, packet.message.name()));
         let done = match packet.message {
-            Command::Start { network } => self.on_start(client, network, packet.descriptors),
+            Command::Start(wiring) => self.on_start(client, wiring, packet.descriptors),
+            Command::Network(wiring) => self.on_network(client, wiring, packet.descriptors),
             Command::Signal { signal, all } => self.on_signal_command(client, signal, all),
             Command::Exec(exec) => self.on_exec(client, &exec),
             Command::SignalExec { signal } => self.on_exec_signal(client, signal),
@@ -126,18 +129,18 @@ impl Service {
     fn on_start(
         &mut self,
         client: ClientId,
-        network: NetworkConfig,
+        wiring: Wiring,
         mut descriptors: Vec<OwnedFd>,
     ) -> Result<(), String> {
         if self.start_asked {
             return Err("cannot start an already running container".into());
         }
-        let more = descriptors.split_off(network.interfaces.len().min(descriptors.len()));
+        let more = descriptors.split_off(wiring.devices.len().min(descriptors.len()));
         let taps = descriptors;
         if let Some(place) = more.into_iter().next() {
             self.oom_reports.enable(place.into());
         }
-        let network = self.plug_network(network, taps)?;
+        let network = self.plug_network(wiring, taps)?;
         self.setup.timeline.mark(Phase::StartAsked);
         // The engine may have set the size since.
         let size = self
@@ -182,29 +185,6 @@ impl Service {
             .zip(disks)
             .map(|(slot, disk)| Disk { slot, major: disk.major, minor: disk.minor })
             .collect()
-    }
-
-    fn plug_network(
-        &mut self,
-        mut network: NetworkConfig,
-        taps: Vec<OwnedFd>,
-    ) -> Result<NetworkConfig, String> {
-        if network.interfaces.len() != taps.len() {
-            return Err("the number of interfaces and of their taps differ".into());
-        }
-        for (interface, tap) in network.interfaces.iter_mut().zip(taps) {
-            if self.next_slot >= SLOTS {
-                return Err(format!("the virtual machine has no slot left for interface {}", interface.name));
-            }
-            let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
-            let device = NetDevice::new(tap, interface.mac, mtu, self.events.handle());
-            self.machine
-                .plug(self.next_slot, Box::new(device))
-                .map_err(|error| format!("cannot plug interface {}: {error}", interface.name))?;
-            interface.slot = self.next_slot;
-            self.next_slot += 1;
-        }
-        Ok(network)
     }
 
     fn on_exec(&mut self, client: ClientId, exec: &Exec) -> Result<(), String> {
@@ -335,6 +315,10 @@ impl Service {
     fn not_sent(&mut self, pending: Pending, why: &str) {
         match pending {
             Pending::Signal(client) | Pending::Simple(client) | Pending::List(client) => {
+                self.clients.refuse(client, why);
+            }
+            Pending::Network(client) => {
+                self.undo_change();
                 self.clients.refuse(client, why);
             }
             Pending::Exec(process) => {

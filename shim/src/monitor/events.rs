@@ -43,6 +43,7 @@ impl Service {
         match (pending, result) {
             (Pending::Start, result) => self.on_started(result),
             (Pending::Exec(process), result) => self.on_exec_started(process, result),
+            (Pending::Network(client), result) => self.on_network_reply(client, result.err()),
             (Pending::PauseSync(client), _) => {
                 // Put back for a moment: all who wait for the pause are answered together.
                 self.pending.insert(request, Pending::PauseSync(client));

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use rvm_protocol::{HostMount, SeccompProgram};
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::HostDisk;
+use crate::bundle::{HostDisk, NetworkRates};
 use crate::container::shape::Shape;
 use crate::control::{Refusal, WindowSize};
 use crate::logging::LogFormat;
@@ -64,6 +64,8 @@ pub struct Setup {
     pub shape: Shape,
     /// The host's block devices that become the guest's disks.
     pub disks: Vec<HostDisk>,
+    /// What the container's network is limited to.
+    pub network_rates: NetworkRates,
     /// The state as the container's hooks get it.
     pub hook_state: String,
     /// How log lines look.

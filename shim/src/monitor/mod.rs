@@ -18,8 +18,10 @@ mod events;
 mod execution;
 mod init;
 mod initramfs;
+mod network;
 mod oom;
 mod patience;
+mod resolver;
 mod service;
 mod setup;
 mod streams;
@@ -43,6 +45,7 @@ use crate::signals::{self, Signals};
 use crate::timeline::Phase;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
 use init::Init;
+use resolver::Resolver;
 use service::{Outcome, Service};
 
 /// Exit status of a monitor whose machine failed.
@@ -199,6 +202,9 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
 
     let disks = disks::open_all(&setup.disks)?;
     setup::enter_namespaces(&spec)?;
+    let resolver = Resolver::open()
+        .inspect_err(|error| log.warning(format!("the container's names will not be looked up: {error}")))
+        .ok();
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;
     setup.host_mounts = rootfs::host_mounts(&setup.rootfs)
@@ -234,6 +240,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let booting = built.start(&mut setup.timeline)?;
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
+    service.look_names_up_with(resolver);
     service.log_to(log);
     service.expect_start_within(patience::of_start(&spec));
     // The threads that serve files run by now and keep theirs; this one deals with what is open already.

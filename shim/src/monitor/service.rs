@@ -20,7 +20,9 @@ use super::commands::Pending;
 use super::execution::Execution;
 use super::handshake::Setup;
 use super::init::Init;
+use super::network::Plugged;
 use super::oom::OomReports;
+use super::resolver::Resolver;
 use super::streams::Streams;
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
@@ -90,7 +92,7 @@ pub struct Service {
     pub(super) start_asked: bool,
     /// How long the guest may take to answer it.
     pub(super) start_patience: Option<Duration>,
-    pub(super) next_slot: u8,
+    pub(super) plugged: Plugged,
     pub(super) pending: HashMap<u64, Pending>,
     pub(super) executions: HashMap<ProcessId, Execution>,
     pub(super) next_process: u32,
@@ -99,6 +101,9 @@ pub struct Service {
     signals: Signals,
     control_listener: VsockListener,
     stream_listener: VsockListener,
+    lookup_listener: VsockListener,
+    /// Asks Docker's name server for the guest.
+    resolver: Option<Resolver>,
     machine_ended: bool,
     /// Where commands read the step.
     step_file: File,
@@ -119,6 +124,7 @@ enum Source {
     Agent,
     StreamListener,
     StreamHeader,
+    LookupListener,
     Machine,
     Drained,
     OomReport,
@@ -149,7 +155,7 @@ impl Service {
             starter: None,
             start_asked: false,
             start_patience: None,
-            next_slot: boot::FIRST_FREE_SLOT,
+            plugged: Plugged::default(),
             pending: HashMap::new(),
             executions: HashMap::new(),
             next_process: ProcessId::INIT.0 + 1,
@@ -158,6 +164,8 @@ impl Service {
             signals,
             control_listener: booting.control,
             stream_listener: booting.streams,
+            lookup_listener: booting.lookups,
+            resolver: None,
             machine_ended: false,
             step_file,
             tie: None,
@@ -175,6 +183,11 @@ impl Service {
     /// Writes the error that has ended the container to the log.
     pub fn log_failure(&self, words: &str) {
         self.log.error_to_log(words);
+    }
+
+    /// Answers the guest's resolver; without one, its connections are closed.
+    pub fn look_names_up_with(&mut self, resolver: Option<Resolver>) {
+        self.resolver = resolver;
     }
 
     /// Ends a container whose start the guest does not answer in this time.
@@ -241,6 +254,7 @@ impl Service {
         for fd in self.streams.undecided() {
             add(Source::StreamHeader, input(fd));
         }
+        add(Source::LookupListener, input(self.lookup_listener.as_fd()));
         if !self.machine_ended {
             add(Source::Machine, input(self.machine.exit_event()));
         }
@@ -269,6 +283,7 @@ impl Service {
             Source::ControlListener => self.accept_agent(),
             Source::Agent => self.receive_from_agent(),
             Source::StreamListener | Source::StreamHeader => self.accept_streams(),
+            Source::LookupListener => self.accept_lookups(),
             Source::Machine => self.on_machine_end(),
             Source::Drained => self.init.count_drained(),
             Source::OomReport => self.oom_reports.arrived(),
@@ -298,6 +313,15 @@ impl Service {
             let _ = self.streams.add(connection);
         }
         self.receive_streams();
+    }
+
+    fn accept_lookups(&mut self) {
+        while let Some(connection) = self.lookup_listener.accept() {
+            let Some(resolver) = &self.resolver else { continue };
+            if let Err(error) = resolver.serve(connection) {
+                self.log.debug(format!("{}: names cannot be looked up: {error}", self.setup.id));
+            }
+        }
     }
 
     fn receive_from_agent(&mut self) {
@@ -396,7 +420,10 @@ impl Service {
             match pending {
                 // The container has ended: that is what a signal is for.
                 Pending::Signal(client) => self.clients.answer(client, &Answer::Done, &[]),
-                Pending::Simple(client) | Pending::List(client) | Pending::PauseSync(client) => {
+                Pending::Simple(client)
+                | Pending::List(client)
+                | Pending::PauseSync(client)
+                | Pending::Network(client) => {
                     self.clients.refuse(client, words);
                 }
                 Pending::Start | Pending::Exec(_) | Pending::Nobody => {}

@@ -1,10 +1,15 @@
 //! The container's network: what the engine plumbed in its namespace, led into the virtual machine.
 //!
 //! Each device of the namespace gets a tap beside it, and traffic control makes the two one cable
-//! ([`redirect`]). The guest's interface gets the same name, hardware address, MTU, addresses and routes.
+//! ([`redirect`]), but for what the host's own stack there is to receive ([`share`]). The guest's interface gets the same
+//! name, hardware address, MTU, addresses and routes. What the engine changes later is [followed](follow).
 
+pub mod follow;
+
+mod cable;
 mod netlink;
 mod redirect;
+mod share;
 mod survey;
 mod tap;
 #[cfg(test)]
@@ -13,15 +18,13 @@ mod tests;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::thread;
 
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use nix::sched::{CloneFlags, setns, unshare};
-use rvm_protocol::{Interface, Neighbour, Route};
+use rvm_protocol::NetworkConfig;
+use serde::{Deserialize, Serialize};
 
 use crate::cause::Cause;
 use netlink::Netlink;
-use survey::Link;
-use tap::Tap;
+use survey::Survey;
 
 /// Why a network namespace could not be read or connected.
 #[derive(Debug, thiserror::Error)]
@@ -85,28 +88,44 @@ pub enum NetworkError {
     Thread,
 }
 
-/// A connected network: what the guest shall configure, and the taps that lead there.
+/// A container's network, as the namespace has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wiring {
+    /// What the guest shall configure. The slots are 0: the monitor fills them in when it plugs the devices.
+    pub config: NetworkConfig,
+    /// The namespace's number of each interface's device, in the order of the interfaces.
+    pub devices: Vec<u32>,
+}
+
+/// A network that is connected.
 #[derive(Debug, Default)]
 pub struct Connected {
-    /// The interfaces with their taps. `slot` is 0: the monitor fills it in when it plugs the device.
-    pub interfaces: Vec<(Interface, OwnedFd)>,
-    /// Routes that the addresses alone do not imply.
-    pub routes: Vec<Route>,
-    /// Neighbours that were entered by hand.
-    pub neighbours: Vec<Neighbour>,
+    /// All of it.
+    pub wiring: Wiring,
+    /// A tap for each of the devices that were not connected before, in their order.
+    pub taps: Vec<OwnedFd>,
 }
 
 /// Reads the namespace and makes a tap for each of its devices. On an error no redirection stays behind.
 pub fn connect(netns: BorrowedFd<'_>) -> Result<Connected, NetworkError> {
     within(netns, || {
         let mut netlink = Netlink::open()?;
-        let links = survey::links(&mut netlink)?;
-        let routes = survey::routes(&mut netlink, &links)?;
-        let neighbours = survey::neighbours(&mut netlink, &links)?;
-        let taps = cables(&mut netlink, &links)?;
-        let interfaces = links.into_iter().map(|link| link.interface).zip(taps).collect();
-        Ok(Connected { interfaces, routes, neighbours })
+        let mut survey = Survey::take(&mut netlink)?;
+        if !survey.obstacles.is_empty() {
+            return Err(survey.obstacles.swap_remove(0));
+        }
+        if !survey.links.is_empty() {
+            share::keep_ports();
+        }
+        let taps = cable::lay_all(&mut netlink, &survey.links)?;
+        Ok(Connected { wiring: wiring(survey), taps })
     })
+}
+
+fn wiring(survey: Survey) -> Wiring {
+    let (devices, interfaces) = survey.links.into_iter().map(|link| (link.index, link.interface)).unzip();
+    let config = NetworkConfig { interfaces, routes: survey.routes, neighbours: survey.neighbours };
+    Wiring { config, devices }
 }
 
 /// Gives the devices of a namespace that outlives the container back to the host's stack. The taps went with
@@ -114,10 +133,10 @@ pub fn connect(netns: BorrowedFd<'_>) -> Result<Connected, NetworkError> {
 pub fn disconnect(netns: BorrowedFd<'_>) -> Result<(), NetworkError> {
     within(netns, || {
         let mut netlink = Netlink::open()?;
-        let links = survey::links(&mut netlink)?;
-        for link in &links {
+        for link in Survey::take(&mut netlink)?.links {
             if redirect::is_left_behind(&mut netlink, link.index)? {
-                part_all(&mut netlink, std::slice::from_ref(link));
+                cable::cut(&mut netlink, link.index);
+                share::release_ports();
             }
         }
         Ok(())
@@ -130,7 +149,7 @@ pub fn probe() -> Result<(), NetworkError> {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::Enter(error.into()))?;
         let mut netlink = Netlink::open()?;
         let (one, other) = (tap::create()?, tap::create()?);
-        redirect::join(&mut netlink, index_of(&one)?, index_of(&other)?)
+        redirect::join(&mut netlink, cable::index_of(&one)?, cable::index_of(&other)?)
     })
 }
 
@@ -148,50 +167,4 @@ fn within<T: Send>(
 /// A thread can change its network namespace without the rest of the process.
 fn on_thread<T: Send>(work: impl FnOnce() -> Result<T, NetworkError> + Send) -> Result<T, NetworkError> {
     thread::scope(|scope| scope.spawn(work).join().map_err(|_| NetworkError::Thread)?)
-}
-
-fn cables(netlink: &mut Netlink, links: &[Link]) -> Result<Vec<OwnedFd>, NetworkError> {
-    let mut taps = Vec::new();
-    for (done, link) in links.iter().enumerate() {
-        match cable(netlink, link) {
-            Ok(tap) => taps.push(tap),
-            Err(error) => {
-                // Of the others only: this one may be in somebody else's use.
-                part_all(netlink, &links[..done]);
-                return Err(error);
-            }
-        }
-    }
-    Ok(taps)
-}
-
-fn cable(netlink: &mut Netlink, link: &Link) -> Result<OwnedFd, NetworkError> {
-    if redirect::is_taken(netlink, link.index)? {
-        return Err(NetworkError::Taken { name: link.interface.name.clone() });
-    }
-    let tap = tap::create()?;
-    let index = index_of(&tap)?;
-    let Tap { fd, name } = tap;
-    let mut change = LinkMessage::default();
-    change.header.index = index;
-    change.header.flags = LinkFlags::Up;
-    change.header.change_mask = LinkFlags::Up;
-    change.attributes.push(LinkAttribute::Mtu(link.interface.mtu));
-    netlink
-        .change(RouteNetlinkMessage::SetLink(change), 0)
-        .map_err(|error| NetworkError::TapSetup { name, cause: error.into() })?;
-    redirect::join(netlink, link.index, index)
-        .inspect_err(|_| part_all(netlink, std::slice::from_ref(link)))?;
-    Ok(fd)
-}
-
-fn index_of(tap: &Tap) -> Result<u32, NetworkError> {
-    nix::net::if_::if_nametoindex(tap.name.as_str()).map_err(|error| NetworkError::Tap(error.into()))
-}
-
-fn part_all(netlink: &mut Netlink, links: &[Link]) {
-    for link in links {
-        // The device may have been taken away meanwhile, with its redirection.
-        let _ = redirect::part(netlink, link.index);
-    }
 }

@@ -2,6 +2,7 @@
 //! opened it.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -24,7 +25,7 @@ impl Netlink {
             socket.connect(&SocketAddr::new(0, 0))?;
             Ok(socket)
         };
-        Ok(Netlink { socket: open().map_err(|error| NetworkError::Socket(error.into()))?, sequence: 0 })
+        Ok(Netlink { socket: open().map_err(socket_error)?, sequence: 0 })
     }
 
     /// Asks for every object of a kind.
@@ -49,7 +50,7 @@ impl Netlink {
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
-        self.socket.send(&bytes, 0).map(drop).map_err(|error| NetworkError::Socket(error.into()))
+        self.socket.send(&bytes, 0).map(drop).map_err(socket_error)
     }
 
     /// Reads until the answer to the last request is complete.
@@ -76,4 +77,42 @@ impl Netlink {
             }
         }
     }
+}
+
+/// Hears of every change in the network namespace of the thread that opened it.
+pub struct News {
+    socket: Socket,
+}
+
+/// Links, neighbours, and addresses and routes of both families (`RTMGRP_*` of rtnetlink(7)).
+const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
+
+impl News {
+    /// Begins to listen.
+    pub fn open() -> Result<News, NetworkError> {
+        let open = || -> io::Result<Socket> {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind(&SocketAddr::new(0, GROUPS))?;
+            socket.set_non_blocking(true)?;
+            Ok(socket)
+        };
+        Ok(News { socket: open().map_err(socket_error)? })
+    }
+
+    /// Forgets what has come: whoever looks now sees it. What was too much for the socket counts as come, too.
+    pub fn clear(&self) {
+        while !matches!(self.socket.recv_from_full(), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+        {
+        }
+    }
+}
+
+impl AsFd for News {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn socket_error(error: io::Error) -> NetworkError {
+    NetworkError::Socket(error.into())
 }

@@ -15,27 +15,26 @@ use netlink_packet_route::tc::{
 
 use nix::errno::Errno;
 
-use super::NetworkError;
 use super::netlink::Netlink;
+use super::{NetworkError, share};
 
 /// `ffff:`, the handle that an ingress queueing discipline always has.
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 
-/// The rule's place in the row of its device. Those before it are left free for frames that the host's stack is
-/// to have after all, such as answers to a resolver in the namespace.
-const PRIORITY: u32 = 100;
-
-/// Priority and protocol (all of them): the two halves of `tcm_info`.
-const PRIORITY_AND_PROTOCOL: u32 = (PRIORITY << 16) | (libc::ETH_P_ALL as u16).to_be() as u32;
+/// The place of the rule for everything in the row of its device. Before it come those of what the host's stack is to have.
+const LAST: u16 = 100;
 
 /// Sends all that comes in at either device out at the other.
 pub fn join(netlink: &mut Netlink, one: u32, other: u32) -> Result<(), NetworkError> {
     for (from, to) in [(one, other), (other, one)] {
         // One that a killed container left behind would lead to a device that is gone.
         part(netlink, from).map_err(refused)?;
+        let rule = Rule::lead(LAST, libc::ETH_P_ALL, everything(), to);
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         netlink.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(from)), flags).map_err(refused)?;
-        netlink.change(RouteNetlinkMessage::NewTrafficFilter(filter(from, to)), flags).map_err(refused)?;
+        netlink
+            .change(RouteNetlinkMessage::NewTrafficFilter(rule.to_message(from)), flags)
+            .map_err(refused)?;
     }
     Ok(())
 }
@@ -43,13 +42,13 @@ pub fn join(netlink: &mut Netlink, one: u32, other: u32) -> Result<(), NetworkEr
 /// Whether somebody uses the device's incoming traffic: any rule counts, except the remains of a container of ours
 /// that was killed, whose tap is gone.
 pub fn is_taken(netlink: &mut Netlink, device: u32) -> Result<bool, NetworkError> {
-    Ok(rules(netlink, device)?.iter().any(|rule| !leads_nowhere(rule)))
+    Ok(rules(netlink, device)?.iter().any(|rule| !leads_nowhere(rule) && !is_shared(rule)))
 }
 
 /// Whether all that is there for the device's incoming traffic are the remains of a container whose tap is gone.
 pub fn is_left_behind(netlink: &mut Netlink, device: u32) -> Result<bool, NetworkError> {
     let rules = rules(netlink, device)?;
-    Ok(!rules.is_empty() && rules.iter().all(leads_nowhere))
+    Ok(rules.iter().any(leads_nowhere) && rules.iter().all(|rule| leads_nowhere(rule) || is_shared(rule)))
 }
 
 /// The rules for what comes in at a device.
@@ -84,6 +83,19 @@ fn leads_nowhere(message: &TcMessage) -> bool {
     !targets.is_empty() && targets.iter().all(|target| *target == 0)
 }
 
+/// A rule of ours that lets frames pass to the host's stack.
+fn is_shared(message: &TcMessage) -> bool {
+    let priority = message.header.info >> 16;
+    let mut selectors = message.attributes.iter().flat_map(|attribute| match attribute {
+        TcAttribute::Options(options) => options.as_slice(),
+        _ => &[],
+    });
+    selectors.any(|option| {
+        matches!(option, TcOption::U32(TcFilterU32Option::Selector(selector))
+            if share::passes().any(|rule| u32::from(rule.priority) == priority && rule.selector.keys == selector.keys))
+    })
+}
+
 fn targets(attribute: &TcAttribute) -> Vec<u32> {
     let TcAttribute::Options(options) = attribute else { return Vec::new() };
     let actions = options.iter().filter_map(|option| match option {
@@ -112,8 +124,69 @@ pub fn part(netlink: &mut Netlink, device: u32) -> io::Result<()> {
     }
 }
 
-fn refused(error: io::Error) -> NetworkError {
+/// The kernel's refusal.
+pub fn refused(error: io::Error) -> NetworkError {
     NetworkError::Redirect(error.into())
+}
+
+/// What becomes of some of the frames that come in at a device.
+pub struct Rule {
+    priority: u16,
+    /// The Ethernet type (`ETH_P_*`).
+    protocol: u16,
+    selector: TcU32Selector,
+    action: Option<TcAction>,
+}
+
+impl Rule {
+    /// They go out at another device.
+    pub fn lead(priority: u16, protocol: libc::c_int, selector: TcU32Selector, to: u32) -> Rule {
+        let action = mirror(TcMirrorActionType::EgressRedir, TcActionType::Stolen, to);
+        Rule { priority, protocol: protocol as u16, selector, action: Some(action) }
+    }
+
+    /// The host's stack gets them, and another device a copy.
+    pub fn copy(priority: u16, protocol: libc::c_int, selector: TcU32Selector, to: u32) -> Rule {
+        let action = mirror(TcMirrorActionType::EgressMirror, TcActionType::Ok, to);
+        Rule { priority, protocol: protocol as u16, selector, action: Some(action) }
+    }
+
+    /// The host's stack gets them.
+    pub fn pass(priority: u16, protocol: libc::c_int, selector: TcU32Selector) -> Rule {
+        Rule { priority, protocol: protocol as u16, selector, action: None }
+    }
+
+    /// The rule for what comes in at this device.
+    pub fn to_message(&self, device: u32) -> TcMessage {
+        let mut message = TcMessage::with_index(device as i32);
+        message.header.parent = INGRESS;
+        // The two halves of `tcm_info`.
+        message.header.info = u32::from(self.priority) << 16 | u32::from(self.protocol.to_be());
+        let mut options = vec![TcOption::U32(TcFilterU32Option::Selector(self.selector.clone()))];
+        match &self.action {
+            Some(action) => options.push(TcOption::U32(TcFilterU32Option::Action(vec![action.clone()]))),
+            // A rule without an action has to name a class, of which this discipline has none.
+            None => options.push(TcOption::U32(TcFilterU32Option::ClassId(TcHandle { major: 0, minor: 1 }))),
+        }
+        message.attributes =
+            vec![TcAttribute::Kind(TcFilterU32::KIND.to_owned()), TcAttribute::Options(options)];
+        message
+    }
+}
+
+fn mirror(kind: TcMirrorActionType, then: TcActionType, to: u32) -> TcAction {
+    let mut generic = TcActionGeneric::default();
+    generic.action = then;
+    let mut mirror = TcMirror::default();
+    mirror.generic = generic;
+    mirror.eaction = kind;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]),
+    ];
+    action
 }
 
 /// A selector whose one key compares nothing, and so matches each frame.
@@ -130,31 +203,5 @@ fn ingress(device: u32) -> TcMessage {
     message.header.handle = INGRESS;
     message.header.parent = TcHandle::INGRESS;
     message.attributes.push(TcAttribute::Kind("ingress".to_owned()));
-    message
-}
-
-fn filter(from: u32, to: u32) -> TcMessage {
-    let mut generic = TcActionGeneric::default();
-    generic.action = TcActionType::Stolen;
-    let mut mirror = TcMirror::default();
-    mirror.generic = generic;
-    mirror.eaction = TcMirrorActionType::EgressRedir;
-    mirror.ifindex = to;
-    let mut action = TcAction::default();
-    action.attributes = vec![
-        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
-        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]),
-    ];
-
-    let mut message = TcMessage::with_index(from as i32);
-    message.header.parent = INGRESS;
-    message.header.info = PRIORITY_AND_PROTOCOL;
-    message.attributes = vec![
-        TcAttribute::Kind(TcFilterU32::KIND.to_owned()),
-        TcAttribute::Options(vec![
-            TcOption::U32(TcFilterU32Option::Selector(everything())),
-            TcOption::U32(TcFilterU32Option::Action(vec![action])),
-        ]),
-    ];
     message
 }

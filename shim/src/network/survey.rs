@@ -25,22 +25,70 @@ pub struct Link {
     pub interface: Interface,
 }
 
-/// Reads the devices that carry the container's network, with their addresses, in the order of their index.
-pub fn links(netlink: &mut Netlink) -> Result<Vec<Link>, NetworkError> {
-    let mut found = Vec::new();
-    for object in netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
-        if let RouteNetlinkMessage::NewLink(message) = object {
-            found.extend(link(&message)?);
-        }
+/// What a network namespace holds for the guest.
+#[derive(Default)]
+pub struct Survey {
+    /// Devices, in the order of their index.
+    pub links: Vec<Link>,
+    /// Routes that the addresses alone do not imply, those without a gateway first.
+    pub routes: Vec<Route>,
+    /// Neighbours that were entered by hand.
+    pub neighbours: Vec<Neighbour>,
+    /// What the guest cannot have, and why.
+    pub obstacles: Vec<NetworkError>,
+}
+
+impl Survey {
+    /// Reads the namespace of the socket.
+    pub fn take(netlink: &mut Netlink) -> Result<Survey, NetworkError> {
+        let mut survey = Survey::default();
+        survey.read_links(netlink)?;
+        survey.read_routes(netlink)?;
+        survey.neighbours = neighbours(netlink, &survey.links)?;
+        Ok(survey)
     }
-    for object in netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
-        if let RouteNetlinkMessage::NewAddress(message) = object
-            && let Some(link) = found.iter_mut().find(|link| link.index == message.header.index)
-        {
-            link.interface.addresses.extend(address(&message));
+
+    /// Reads the devices that carry the container's network, with their addresses.
+    fn read_links(&mut self, netlink: &mut Netlink) -> Result<(), NetworkError> {
+        for object in netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
+            if let RouteNetlinkMessage::NewLink(message) = object {
+                match link(&message) {
+                    Ok(link) => self.links.extend(link),
+                    Err(obstacle) => self.obstacles.push(obstacle),
+                }
+            }
         }
+        for object in netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+            if let RouteNetlinkMessage::NewAddress(message) = object
+                && let Some(link) = self.links.iter_mut().find(|link| link.index == message.header.index)
+            {
+                link.interface.addresses.extend(address(&message));
+            }
+        }
+        Ok(())
     }
-    Ok(found)
+
+    /// Reads the routes of the main table that the addresses alone do not imply.
+    fn read_routes(&mut self, netlink: &mut Netlink) -> Result<(), NetworkError> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            for object in netlink.list(RouteNetlinkMessage::GetRoute(request))? {
+                // A kernel without one of the families answers with the routes of the other.
+                if let RouteNetlinkMessage::NewRoute(message) = object
+                    && message.header.address_family == family
+                {
+                    match route(&message, &self.links) {
+                        Ok(route) => self.routes.extend(route),
+                        Err(obstacle) => self.obstacles.push(obstacle),
+                    }
+                }
+            }
+        }
+        // A gateway has to be reachable when a route names it, so routes without one come first.
+        self.routes.sort_by_key(|route| route.gateway.is_some());
+        Ok(())
+    }
 }
 
 /// The device as the guest shall see it; nothing for one that is not in use.
@@ -98,26 +146,6 @@ fn address(message: &AddressMessage) -> Option<Address> {
     (!made_by_kernel).then_some(Address { ip, prefix: message.header.prefix_len, broadcast })
 }
 
-/// Reads the routes of the main table that the addresses alone do not imply.
-pub fn routes(netlink: &mut Netlink, links: &[Link]) -> Result<Vec<Route>, NetworkError> {
-    let mut routes = Vec::new();
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut request = RouteMessage::default();
-        request.header.address_family = family;
-        for object in netlink.list(RouteNetlinkMessage::GetRoute(request))? {
-            // A kernel without one of the families answers with the routes of the other.
-            if let RouteNetlinkMessage::NewRoute(message) = object
-                && message.header.address_family == family
-            {
-                routes.extend(route(&message, links)?);
-            }
-        }
-    }
-    // A gateway has to be reachable when a route names it, so routes without one come first.
-    routes.sort_by_key(|route| route.gateway.is_some());
-    Ok(routes)
-}
-
 fn route(message: &RouteMessage, links: &[Link]) -> Result<Option<Route>, NetworkError> {
     let header = &message.header;
     let implied = header.protocol == RouteProtocol::Kernel;
@@ -172,7 +200,7 @@ fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
 }
 
 /// Reads the neighbours that were entered by hand.
-pub fn neighbours(netlink: &mut Netlink, links: &[Link]) -> Result<Vec<Neighbour>, NetworkError> {
+fn neighbours(netlink: &mut Netlink, links: &[Link]) -> Result<Vec<Neighbour>, NetworkError> {
     let objects = netlink.list(RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()))?;
     Ok(objects
         .into_iter()

@@ -58,7 +58,7 @@ fn plumb() {
 fn a_namespace_with_loopback_only_needs_nothing() {
     in_new_namespace(|namespace| {
         let connected = connect(namespace.as_fd()).unwrap();
-        assert!(connected.interfaces.is_empty() && connected.routes.is_empty());
+        assert_eq!(connected.wiring, Wiring::default());
     });
 }
 
@@ -77,17 +77,18 @@ fn what_the_engine_plumbed_is_read() {
             }
             other => other.unwrap(),
         };
-        let (interface, _) = &connected.interfaces[0];
+        let config = &connected.wiring.config;
+        let interface = &config.interfaces[0];
         assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
         assert_eq!(interface.mac, [2, 0, 0, 0, 0, 7]);
         assert_eq!(interface.addresses.len(), 1, "without the link-local one: {:?}", interface.addresses);
         assert_eq!(interface.addresses[0].ip.to_string(), "10.9.0.2");
         assert_eq!(interface.addresses[0].prefix, 24);
-        assert_eq!(connected.routes.len(), 1, "{:?}", connected.routes);
-        assert_eq!(connected.routes[0].gateway.unwrap().to_string(), "10.9.0.1");
-        assert_eq!(connected.routes[0].destination.prefix, 0);
-        assert_eq!(connected.neighbours.len(), 1);
-        assert_eq!(connected.neighbours[0].mac, [2, 0, 0, 0, 0, 9]);
+        assert_eq!(config.routes.len(), 1, "{:?}", config.routes);
+        assert_eq!(config.routes[0].gateway.unwrap().to_string(), "10.9.0.1");
+        assert_eq!(config.routes[0].destination.prefix, 0);
+        assert_eq!(config.neighbours.len(), 1);
+        assert_eq!(config.neighbours[0].mac, [2, 0, 0, 0, 0, 9]);
 
         let second = connect(namespace.as_fd()).unwrap_err();
         assert!(matches!(&second, NetworkError::Taken { name } if name == "eth0"), "{second}");
@@ -175,7 +176,7 @@ fn the_guest_is_on_the_cable_and_the_host_is_not() {
             }
             other => other.unwrap(),
         };
-        let mut tap = File::from(connected.interfaces.into_iter().next().unwrap().1);
+        let mut tap = File::from(connected.taps.into_iter().next().unwrap());
         setns(&far, CloneFlags::CLONE_NEWNET).unwrap();
         let peer = UdpSocket::bind("10.9.0.1:0").unwrap();
         peer.send_to(b"hello", "10.9.0.2:9").unwrap();

@@ -21,6 +21,7 @@ pub const HOST_PACKAGES: &[&str] = &[
     "docker.io",
     "docker-cli",
     "docker-buildx",
+    "docker-compose",
     "containerd",
     "runc",
     "crun",
@@ -40,6 +41,7 @@ pub const HOST_PACKAGES: &[&str] = &[
     "nftables",
     "iputils-ping",
     "ethtool",
+    "iperf3",
     "curl",
     // Tools of the tests.
     "jq",
@@ -56,7 +58,7 @@ pub const OLDER_PACKAGES: (&str, &[&str]) = ("bookworm", &["docker.io", "contain
 
 /// In the container image `debian`: real programs to run in a microVM.
 pub const DEBIAN_IMAGE_PACKAGES: &[&str] =
-    &["curl", "gcc", "iproute2", "iputils-ping", "libc6-dev", "postgresql", "procps", "python3"];
+    &["curl", "gcc", "iperf3", "iproute2", "iputils-ping", "libc6-dev", "postgresql", "procps", "python3"];
 
 /// The container images that engines have from the start; `load-image` in the test host loads others.
 pub const LOADED_IMAGES: &[(&str, &[&str])] =

@@ -4,11 +4,13 @@
 //! in front: the tap understands them, so checksums and segmentation are done as late as possible, by the host's
 //! kernel or its hardware, or not at all where a frame stays on the host.
 
+mod rate;
 mod tap;
 #[cfg(test)]
 mod tests;
 mod worker;
 
+use std::io;
 use std::os::fd::OwnedFd;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -23,6 +25,8 @@ use super::device::read_padded;
 use super::worker::Post;
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::event_loop::EventLoopHandle;
+pub use rate::Rates;
+use rate::Throttle;
 use tap::Tap;
 use worker::Worker;
 
@@ -45,14 +49,45 @@ pub struct NetDevice {
     tap: Tap,
     mac: [u8; 6],
     mtu: u16,
+    throttles: Throttles,
     post: Post,
+}
+
+/// What limits the ways to the guest and from it.
+#[derive(Debug, Default)]
+struct Throttles {
+    receive: Option<Throttle>,
+    transmit: Option<Throttle>,
+}
+
+impl Throttles {
+    fn new(rates: Rates) -> io::Result<Throttles> {
+        let throttle = |rate: Option<_>| rate.map(Throttle::new).transpose();
+        Ok(Throttles { receive: throttle(rates.receive)?, transmit: throttle(rates.transmit)? })
+    }
+
+    fn another(&self) -> Throttles {
+        let another = |throttle: &Option<Throttle>| throttle.as_ref().map(Throttle::another);
+        Throttles { receive: another(&self.receive), transmit: another(&self.transmit) }
+    }
 }
 
 impl NetDevice {
     /// A device at a tap, which must be open without blocking and attached to its interface with `IFF_TAP`,
     /// `IFF_NO_PI` and `IFF_VNET_HDR`. With an MTU of 0 the guest chooses.
     pub fn new(tap: impl Into<OwnedFd>, mac: [u8; 6], mtu: u16, events: EventLoopHandle) -> Self {
-        Self { tap: Tap::new(tap.into()), mac, mtu, post: Post::new(events) }
+        let throttles = Throttles::default();
+        Self { tap: Tap::new(tap.into()), mac, mtu, throttles, post: Post::new(events) }
+    }
+
+    /// Limits what goes through it.
+    ///
+    /// # Errors
+    ///
+    /// A timer cannot be made.
+    pub fn limit(&mut self, rates: Rates) -> io::Result<()> {
+        self.throttles = Throttles::new(rates)?;
+        Ok(())
     }
 }
 
@@ -102,9 +137,10 @@ impl VirtioDevice for NetDevice {
         let queues = [needed(receive, RECEIVE_QUEUE)?.into(), needed(transmit, TRANSMIT_QUEUE)?.into()];
         let tap = self.tap.try_clone()?;
         let mergeable = features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
+        let throttles = self.throttles.another();
         let largest = HEADER + LINK_HEADER + self.largest_packet(features);
         Ok(self.post.start(interrupt.clone(), |stop| {
-            Worker::new(memory, interrupt, tap, queues, mergeable, largest, stop)
+            Worker::new(memory, interrupt, tap, queues, mergeable, largest, stop).throttled(throttles)
         })?)
     }
 

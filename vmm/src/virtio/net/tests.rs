@@ -31,6 +31,16 @@ impl Wire {
     }
 
     fn with(guest: Guest, activation: Activation, mergeable: bool, largest: usize) -> Wire {
+        Wire::throttled(guest, activation, mergeable, largest, Throttles::default())
+    }
+
+    fn throttled(
+        guest: Guest,
+        activation: Activation,
+        mergeable: bool,
+        largest: usize,
+        throttles: Throttles,
+    ) -> Wire {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -41,9 +51,20 @@ impl Wire {
         let largest = HEADER + LINK_HEADER + largest;
         let mut post = Post::new(EventLoop::spawn("test").unwrap().handle());
         let to_worker = interrupt.clone();
-        post.start(interrupt, |stop| Worker::new(memory, to_worker, tap, queues, mergeable, largest, stop))
-            .unwrap();
+        post.start(interrupt, |stop| {
+            Worker::new(memory, to_worker, tap, queues, mergeable, largest, stop).throttled(throttles)
+        })
+        .unwrap();
         Wire { guest, far, post }
+    }
+
+    /// A wire of so many bytes a second each way.
+    fn limited(rate: u64) -> Wire {
+        let guest = Guest::new(&QUEUE_SIZES);
+        let activation = guest.activation(0);
+        let rate = std::num::NonZeroU64::new(rate);
+        let throttles = Throttles::new(Rates { receive: rate, transmit: rate }).unwrap();
+        Wire::throttled(guest, activation, false, 1500, throttles)
     }
 
     fn offer(&mut self, parts: &[Part]) {
@@ -196,6 +217,29 @@ fn many_frames_pass_both_ways() {
         let len = wire.far.recv(&mut received).unwrap();
         assert_eq!(received[..len], frame(round % 1000 + 1));
     }
+}
+
+#[test]
+fn no_more_goes_through_than_is_allowed_and_nothing_is_lost() {
+    let mut wire = Wire::limited(100_000);
+    for _ in 0..40 {
+        wire.guest.push(RX, &[Part::In(2000)]);
+        wire.guest.push(TX, &[Part::Out(frame(1500))]);
+    }
+    let start = std::time::Instant::now();
+    wire.guest.kick(RX);
+    wire.guest.kick(TX);
+    for _ in 0..40 {
+        wire.far.send(&frame(1500)).unwrap();
+    }
+    let mut received = [0; 2000];
+    for _ in 0..40 {
+        assert_eq!(wire.far.recv(&mut received).unwrap(), HEADER + 1500);
+        assert_eq!(wire.receive().len(), 1500);
+    }
+    // 60,000 bytes less the burst take 0.58 s, and both ways have a line of their own.
+    let elapsed = start.elapsed();
+    assert!(elapsed > Duration::from_millis(500), "{elapsed:?}");
 }
 
 #[test]

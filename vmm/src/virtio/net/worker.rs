@@ -10,8 +10,9 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use event_manager::EventSet;
 use vm_memory::GuestMemoryMmap;
 
+use super::rate::Throttle;
 use super::tap::Tap;
-use super::{HEADER, LINK_HEADER, MAX_PACKET};
+use super::{HEADER, LINK_HEADER, MAX_PACKET, Throttles};
 use crate::GuestMemory;
 use crate::virtio::Interrupt;
 use crate::virtio::buffers::{GuestBuffers, MAX_DESCRIPTORS};
@@ -38,6 +39,7 @@ pub(super) struct Worker {
     tap_ready: bool,
     /// A frame that waits for more buffers.
     waiting: Option<Vec<u8>>,
+    throttles: Throttles,
     stop: Stop,
 }
 
@@ -63,6 +65,8 @@ enum Pause {
     Tap,
     /// The guest has no buffers, or not enough.
     Buffers,
+    /// The line is not free.
+    Line,
 }
 
 impl Worker {
@@ -87,15 +91,28 @@ impl Worker {
             // Frames that came before are not announced again.
             tap_ready: true,
             waiting: None,
+            throttles: Throttles::default(),
             stop,
         }
     }
 
-    /// Sends one batch of frames.
+    /// The same within limits.
+    pub(super) fn throttled(self, throttles: Throttles) -> Worker {
+        Worker { throttles, ..self }
+    }
+
+    /// Sends one batch of frames; where they are limited, one frame.
     fn transmit(&mut self) -> Result<(), QueueError> {
-        let (memory, batch) = (&*self.memory, (BATCH, Notify::Batch));
+        let throttle = &mut self.throttles.transmit;
+        if throttle.as_mut().is_some_and(|throttle| !throttle.is_free()) {
+            self.transmit.acknowledge_kick();
+            return Ok(());
+        }
+        let batch = if throttle.is_some() { 1 } else { BATCH };
+        let (memory, batch) = (&*self.memory, (batch, Notify::Batch));
         worker::serve(&mut self.transmit, memory, &self.interrupt, &self.stop, batch, |chain| {
             if let Ok(frame) = GuestBuffers::readable(memory, chain) {
+                take(throttle, frame.len());
                 send(&self.tap, frame);
             }
             0
@@ -115,11 +132,15 @@ impl Worker {
                 pause = Some(Pause::Tap);
                 break;
             }
+            if self.throttles.receive.as_mut().is_some_and(|throttle| !throttle.is_free()) {
+                pause = Some(Pause::Line);
+                break;
+            }
             pause = self.receive_one(&memory, &mut buffers)?;
             match pause {
                 Some(Pause::Tap) => self.tap_ready = false,
                 Some(Pause::Buffers) if self.receive.enable_kicks(&memory)? => pause = None,
-                Some(Pause::Buffers) => break,
+                Some(Pause::Buffers | Pause::Line) => break,
                 None => (),
             }
         }
@@ -158,6 +179,7 @@ impl Worker {
                 Err(error) => return Ok(tap_pause(&error)),
             },
         };
+        take(&mut self.throttles.receive, len);
         self.hand_over(memory, buffers, header, len)?;
         Ok(None)
     }
@@ -252,6 +274,13 @@ fn send(tap: &Tap, mut frame: GuestBuffers<'_>) {
     }
 }
 
+/// A frame of this length, header included, goes one way.
+fn take(throttle: &mut Option<Throttle>, len: usize) {
+    if let Some(throttle) = throttle {
+        throttle.take(len.saturating_sub(HEADER));
+    }
+}
+
 /// What an error of the tap means. An interface that is down or gone has no frames, and says so when it has.
 fn tap_pause(error: &io::Error) -> Option<Pause> {
     match error.kind() {
@@ -262,21 +291,32 @@ fn tap_pause(error: &io::Error) -> Option<Pause> {
 
 impl worker::Worker for Worker {
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![
+        let timer =
+            |throttle: &Option<Throttle>| throttle.as_ref().map(|throttle| (throttle.source(), EventSet::IN));
+        let mut sources = vec![
             (self.transmit.as_raw_fd(), EventSet::IN),
             (self.receive.as_raw_fd(), EventSet::IN),
             (self.tap.as_fd().as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED),
-        ]
+        ];
+        sources.extend(timer(&self.throttles.transmit));
+        sources.extend(timer(&self.throttles.receive));
+        sources
     }
 
     fn process(&mut self, source: RawFd) -> Result<(), QueueError> {
         if source == self.transmit.as_raw_fd() {
             return self.transmit();
         }
-        if source == self.receive.as_raw_fd() {
-            self.receive.acknowledge_kick();
-        } else {
-            self.tap_ready = true;
+        if let Some(throttle) =
+            self.throttles.transmit.as_ref().filter(|throttle| throttle.source() == source)
+        {
+            throttle.acknowledge();
+            return self.transmit();
+        }
+        match &self.throttles.receive {
+            Some(throttle) if throttle.source() == source => throttle.acknowledge(),
+            _ if source == self.receive.as_raw_fd() => self.receive.acknowledge_kick(),
+            _ => self.tap_ready = true,
         }
         self.receive()
     }

@@ -1,0 +1,209 @@
+//! Docker's name server in the guest: the agent listens for what is sent to 127.0.0.11, and the monitor, on the other
+//! side of a vsock connection, asks dockerd.
+//!
+//! The agent looks into no message: it keeps who has asked under a number, and gives them the answer that comes with
+//! it. Everything is bounded, and the oldest gives way: a program that floods keeps itself and its neighbours in this
+//! container from their answers, and nobody else.
+
+mod client;
+mod redirect;
+#[cfg(test)]
+mod tests;
+mod upstream;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::sys::epoll::EpollFlags;
+use rvm_protocol::{Lookup, MAX_DNS_MESSAGE, Transport};
+
+use self::client::Client;
+use self::upstream::Upstream;
+use crate::error::{Context, Result};
+use crate::event::{Poller, Target};
+use crate::host::Host;
+
+/// Where the container's processes send their queries, by their `resolv.conf`.
+const DOCKER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 11), 53);
+
+/// How many queries may be without an answer.
+const MAX_ASKED: usize = 1024;
+/// How many connections there may be.
+const MAX_CLIENTS: usize = 32;
+/// How many datagrams are read before others of the agent's loop get their turn.
+const BATCH: usize = 16;
+/// How often a port that is free for datagrams may be taken for streams.
+const ATTEMPTS: usize = 16;
+
+/// The listener, and who waits for what.
+pub struct Resolver {
+    datagrams: UdpSocket,
+    listener: TcpListener,
+    upstream: Upstream,
+    clients: BTreeMap<u32, Client>,
+    next_client: u32,
+    /// By the numbers of their queries, which grow.
+    asked: BTreeMap<u32, Asker>,
+    next_query: u32,
+    /// The programs that lead to the listener.
+    _redirection: Vec<OwnedFd>,
+}
+
+/// Who gets an answer.
+enum Asker {
+    Datagram(SocketAddr),
+    Client(u32),
+}
+
+impl Resolver {
+    /// Listens for all processes of the guest.
+    pub fn start(poller: &Poller, cgroup: &Path) -> Result<Resolver> {
+        let mut resolver = Resolver::listen(poller, *DOCKER.ip())
+            .context(|| "listening in the place of Docker's name server")?;
+        let port = resolver.datagrams.local_addr().context(|| "asking for a port")?.port();
+        let namespace =
+            redirect::namespace_of(&resolver.datagrams).context(|| "asking for a namespace's name")?;
+        resolver._redirection = redirect::enforce(cgroup, namespace, port)?;
+        Ok(resolver)
+    }
+
+    fn listen(poller: &Poller, address: Ipv4Addr) -> io::Result<Resolver> {
+        let (datagrams, listener) = bind(address)?;
+        datagrams.set_nonblocking(true)?;
+        listener.set_nonblocking(true)?;
+        poller.add(&datagrams, Target::ResolverDatagrams, EpollFlags::EPOLLIN)?;
+        poller.add(&listener, Target::ResolverListener, EpollFlags::EPOLLIN)?;
+        Ok(Resolver {
+            datagrams,
+            listener,
+            upstream: Upstream::default(),
+            clients: BTreeMap::new(),
+            next_client: 0,
+            asked: BTreeMap::new(),
+            next_query: 0,
+            _redirection: Vec::new(),
+        })
+    }
+
+    /// Takes queries that have come as datagrams.
+    pub fn on_datagrams(&mut self, host: &dyn Host, poller: &Poller) {
+        let mut message = vec![0; MAX_DNS_MESSAGE];
+        for _ in 0..BATCH {
+            // An error is that of an answer which nobody wanted any more.
+            let Ok((length, from)) = self.datagrams.recv_from(&mut message) else { break };
+            self.ask(host, Transport::Udp, message[..length].to_vec(), Asker::Datagram(from));
+        }
+        self.settle_upstream(poller);
+    }
+
+    /// Takes a new connection.
+    pub fn on_connection(&mut self, poller: &Poller) {
+        let Ok((stream, _)) = self.listener.accept() else { return };
+        let id = self.next_client;
+        self.next_client = self.next_client.wrapping_add(1);
+        let Ok(client) = Client::new(id, stream) else { return };
+        self.clients.insert(id, client);
+        self.settle_client(id, poller);
+        if self.clients.len() > MAX_CLIENTS
+            && let Some(oldest) = self.clients.keys().next().copied()
+        {
+            self.close_client(oldest, poller);
+        }
+    }
+
+    /// Something happened at a connection.
+    pub fn on_client(&mut self, id: u32, ready: EpollFlags, host: &dyn Host, poller: &Poller) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if ready.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+            match client.read() {
+                Ok(queries) => {
+                    for query in queries {
+                        self.ask(host, Transport::Tcp, query, Asker::Client(id));
+                    }
+                }
+                Err(_) => return self.close_client(id, poller),
+            }
+        }
+        self.settle_client(id, poller);
+        self.settle_upstream(poller);
+    }
+
+    /// Something happened at the connection to the host.
+    pub fn on_upstream(&mut self, ready: EpollFlags, poller: &Poller) {
+        match self.upstream.receive(ready) {
+            Ok(answers) => answers.into_iter().for_each(|answer| self.answer(answer, poller)),
+            Err(_) => return self.give_up(poller),
+        }
+        self.settle_upstream(poller);
+    }
+
+    fn ask(&mut self, host: &dyn Host, transport: Transport, message: Vec<u8>, asker: Asker) {
+        let number = self.next_query;
+        self.next_query = self.next_query.wrapping_add(1);
+        if self.upstream.send(host, &Lookup { number, transport, message }).is_err() {
+            // As over any network: who is in earnest asks again.
+            return;
+        }
+        self.asked.insert(number, asker);
+        if self.asked.len() > MAX_ASKED {
+            self.asked.pop_first();
+        }
+    }
+
+    fn answer(&mut self, answer: Lookup, poller: &Poller) {
+        match self.asked.remove(&answer.number) {
+            Some(Asker::Datagram(to)) => drop(self.datagrams.send_to(&answer.message, to)),
+            Some(Asker::Client(id)) => {
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.answer(&answer.message);
+                    self.settle_client(id, poller);
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn settle_client(&mut self, id: u32, poller: &Poller) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.write().is_err() || client.is_done() || client.arm(poller).is_err() {
+            self.close_client(id, poller);
+        }
+    }
+
+    fn close_client(&mut self, id: u32, poller: &Poller) {
+        if let Some(client) = self.clients.remove(&id) {
+            client.release(poller);
+        }
+    }
+
+    fn settle_upstream(&mut self, poller: &Poller) {
+        if self.upstream.flush(poller).is_err() {
+            self.give_up(poller);
+        }
+    }
+
+    /// The connection to the host is of no use any more; the next query makes another.
+    fn give_up(&mut self, poller: &Poller) {
+        self.upstream.disconnect(poller);
+        self.asked.clear();
+        for id in self.clients.keys().copied().collect::<Vec<_>>() {
+            self.close_client(id, poller);
+        }
+    }
+}
+
+/// A port for datagrams and streams alike, so that one rule leads to both.
+fn bind(address: Ipv4Addr) -> io::Result<(UdpSocket, TcpListener)> {
+    let mut refused = None;
+    for _ in 0..ATTEMPTS {
+        let datagrams = UdpSocket::bind((address, 0))?;
+        match TcpListener::bind(datagrams.local_addr()?) {
+            Ok(listener) => return Ok((datagrams, listener)),
+            Err(error) => refused = Some(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| io::ErrorKind::AddrInUse.into()))
+}
