@@ -22,6 +22,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_user_of_ones_own_is_checked", a_user_of_ones_own_is_checked),
     ("a_volume_is_shared_live", a_volume_is_shared_live),
     ("the_host_changes_what_a_guest_has_open", the_host_changes_what_a_guest_has_open),
+    ("the_host_changes_what_a_guest_knows", the_host_changes_what_a_guest_knows),
     ("locks_end_at_the_wall", locks_end_at_the_wall),
 ];
 
@@ -312,6 +313,56 @@ fn the_host_changes_what_a_guest_has_open() -> Result<()> {
         }
         docker(&["wait", &id])?.expect_text("0")?;
         shown += &told(&docker(&["logs", &id])?);
+        docker(&["rm", &id])?.expect_code(0)?;
+        Ok(shown)
+    })
+}
+
+/// What the host does while a container's program knows everything: its caches must not be believed when the host is done.
+/// The last one is a store to a mapping, of which nobody hears: it may be seen a little later.
+const CHANGES: &[&str] = &[
+    "true",
+    "chmod 640 file; chown 7 file",
+    "printf more >>file",
+    "printf FIRST | dd of=file conv=notrunc status=none",
+    "truncate -s 3 file",
+    "echo replaced >new && mv new file",
+    "python3 -c 'import os; os.setxattr(\"file\", \"user.note\", b\"text\")'",
+    "ln file ../outside",
+    "printf by-another-name >../outside; chmod 600 ../outside",
+    "echo there >none",
+    "chmod 711 folder; rm folder/inner",
+    "echo again >folder/inner; mv folder moved",
+    "rm file ../outside; mkdir file; rmdir file; ln -s none file",
+    "mv moved folder; touch other; echo single >>../single",
+    "chmod 755 ../single; mkdir moved; mv other moved/inner",
+    "docker cp other.cp $id:/etc/copied && rm -f other.cp",
+    "touch later-16; docker run --rm --runtime runc -v $PWD:/volume -w /volume debian python3 -c 'import mmap; file = open(\"none\", \"r+b\"); \
+        memory = mmap.mmap(file.fileno(), 5); file.close(); memory[:5] = b\"THERE\"'",
+];
+
+fn the_host_changes_what_a_guest_knows() -> Result<()> {
+    same(|docker_with| {
+        let folder = folder()?;
+        let host = path(folder.path());
+        let prepare = "mkdir -p volume/folder && cd volume && echo first >file && echo in >folder/inner && \
+                       echo single >../single && echo copied >other.cp";
+        shell(&format!("cd {host} && {prepare}"))?.expect_code(0)?;
+        let (volume, single) = (format!("{host}/volume:/volume"), format!("{host}/single:/single"));
+        let (program, steps) = (include_str!("volumes/known.py"), CHANGES.len().to_string());
+        let command =
+            ["-v", &volume, "-v", &single, "-w", "/volume", "debian", "python3", "-uc", program, &steps];
+        let id = docker_with.start(&command)?;
+        for (step, change) in CHANGES.iter().enumerate() {
+            let ready = folder.path().join(format!("volume/ready-{step}"));
+            eventually("the program knows everything", || Ok(ready.exists()))
+                .with_context(|| docker(&["logs", &id]).map_or(String::new(), |outcome| told(&outcome)))?;
+            shell(&format!("cd {host}/volume && id={id} && {change} && touch done-{step}"))?
+                .expect_code(0)?;
+        }
+        docker(&["wait", &id])?.expect_text("0")?;
+        let shown = told(&docker(&["logs", &id])?);
+        ensure!(shown.contains("16 none"), "the program saw too little: {shown}");
         docker(&["rm", &id])?.expect_code(0)?;
         Ok(shown)
     })

@@ -22,6 +22,9 @@ const PINS: &str = include_str!("../../kernels/source.pins");
 const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/fuse-submounts.patch"),
     include_str!("../../kernels/patches/fuse-killpriv.patch"),
+    include_str!("../../kernels/patches/fuse-directory-access.patch"),
+    include_str!("../../kernels/patches/fuse-readdir.patch"),
+    include_str!("../../kernels/patches/fuse-notices.patch"),
 ];
 
 /// What the build needs from Debian.

@@ -15,12 +15,14 @@ use seccompiler::{
 
 /// What a server of the container's files needs: to act as any user on any file. Nothing here reaches beyond
 /// the files, and the process's root is the container's.
-const FILE_SERVER: [Capability; 9] = [
+const FILE_SERVER: [Capability; 10] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_DAC_READ_SEARCH,
     Capability::CAP_FOWNER,
     Capability::CAP_FSETID,
+    // To ask whether anybody writes to a file that belongs to another user.
+    Capability::CAP_LEASE,
     Capability::CAP_MKNOD,
     Capability::CAP_SETFCAP,
     Capability::CAP_SETGID,

@@ -75,6 +75,11 @@ impl Virtqueue {
         let _ = self.kick.write(1);
     }
 
+    /// The queue's number in the device.
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
     /// The most chains that the driver can offer at a time.
     pub(crate) fn size(&self) -> u16 {
         self.queue.size()

@@ -12,24 +12,28 @@ use nix::unistd::{Gid, Uid, fchownat, ftruncate};
 
 use super::pins::Node;
 use super::server::{FileServer, descriptor_path};
+use super::system;
 use super::thread::Unprivileged;
+use super::watches::Validity;
 use super::wire::StatxOut;
 use super::wire::setattr::{ATIME, ATIME_NOW, FH, GID, KILL_SUIDGID, MODE, MTIME, MTIME_NOW, SIZE, UID};
-use super::{VALIDITY, system};
 
 impl FileServer {
     /// GETATTR. The inode is asked, not the open file: they can differ on overlayfs, where a file that was opened
     /// for reading before its first change stays the old one.
     pub(super) fn attributes(&self, id: u64) -> Result<AttrOut, Errno> {
-        attributes_reply(&self.node(id)?)
+        let node = self.node(id)?;
+        attributes_reply(&node, self.watched(&node))
     }
 
     /// STATX: the same, and when the inode was born.
     pub(super) fn all_attributes(&self, id: u64) -> Result<StatxOut, Errno> {
-        let status = system::attributes(self.node(id)?.file.as_fd())?;
+        let node = self.node(id)?;
+        let valid = self.watched(&node);
+        let status = system::attributes(node.file.as_fd())?;
         Ok(StatxOut {
-            attr_valid: VALIDITY.as_secs(),
-            attr_valid_nsec: VALIDITY.subsec_nanos(),
+            attr_valid: valid.seconds,
+            attr_valid_nsec: valid.nanoseconds,
             mask: status.stx_mask & (libc::STATX_BASIC_STATS | libc::STATX_BTIME),
             blksize: status.stx_blksize,
             nlink: status.stx_nlink,
@@ -74,7 +78,10 @@ impl FileServer {
             let flags = UtimensatFlags::FollowSymlink;
             utimensat(&self.descriptors, path.as_c_str(), &accessed, &modified, flags)?;
         }
-        attributes_reply(&node)
+        self.hear_own_changes();
+        // Of a file, who wants to know more asks again.
+        let valid = if node.inode.kind() == libc::S_IFDIR { self.watched(&node) } else { Validity::SHORT };
+        attributes_reply(&node, valid)
     }
 
     fn set_size(&self, node: &Node, change: &SetattrIn) -> Result<(), Errno> {
@@ -115,9 +122,10 @@ impl FileServer {
     }
 }
 
-fn attributes_reply(node: &Node) -> Result<AttrOut, Errno> {
+/// The attributes of an inode, whose validity began before.
+pub(super) fn attributes_reply(node: &Node, valid: Validity) -> Result<AttrOut, Errno> {
     let attr = attributes_on_wire(&system::attributes(node.file.as_fd())?);
-    Ok(AttrOut { attr_valid: VALIDITY.as_secs(), attr_valid_nsec: VALIDITY.subsec_nanos(), dummy: 0, attr })
+    Ok(AttrOut { attr_valid: valid.seconds, attr_valid_nsec: valid.nanoseconds, dummy: 0, attr })
 }
 
 fn time(given: bool, now: bool, seconds: u64, nanoseconds: u32) -> TimeSpec {

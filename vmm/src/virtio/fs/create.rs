@@ -14,6 +14,7 @@ use super::names::entry;
 use super::pins::Node;
 use super::server::{FileServer, descriptor_path};
 use super::thread::Owner;
+use super::watches::Validity;
 use super::wire;
 
 impl FileServer {
@@ -29,7 +30,7 @@ impl FileServer {
         mkdirat(&parent.file, name, mode(how.mode))?;
         drop(owner);
         self.unsynced.add(&parent);
-        self.find(&parent, name)
+        self.find_made(&parent, name)
     }
 
     /// MKNOD: a file, FIFO, socket or device node. The node of a device is only a name here: nothing on the host
@@ -41,7 +42,7 @@ impl FileServer {
         mknodat(&parent.file, name, kind, mode(how.mode), how.rdev.into())?;
         drop(owner);
         self.unsynced.add(&parent);
-        self.find(&parent, name)
+        self.find_made(&parent, name)
     }
 
     /// SYMLINK.
@@ -51,7 +52,7 @@ impl FileServer {
         symlinkat(target, &parent.file, name)?;
         drop(owner);
         self.unsynced.add(&parent);
-        self.find(&parent, name)
+        self.find_made(&parent, name)
     }
 
     /// LINK.
@@ -64,7 +65,7 @@ impl FileServer {
         // symbolic link has had by this makes it no other one.
         self.follow(&node.inode);
         self.unsynced.add(&parent);
-        self.find(&parent, name)
+        self.find_made(&parent, name)
     }
 
     /// CREATE: makes a file and opens it. Where it came into being since the guest looked, it is opened.
@@ -85,7 +86,7 @@ impl FileServer {
                 self.created(&parent, file, Some(name))
             }
             Err(Errno::EEXIST) if how.flags & libc::O_EXCL as u32 == 0 => {
-                let entry = self.find(&parent, name)?;
+                let entry = self.find_made(&parent, name)?;
                 let opened = self.open(entry.nodeid, how.flags, how.fuse_flags);
                 let opened = opened.inspect_err(|_| self.inodes.forget(entry.nodeid, 1))?;
                 Ok((entry, opened))
@@ -113,11 +114,13 @@ impl FileServer {
         name: Option<&CStr>,
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let seen = name.map(|name| (parent, name));
+        self.hear_own_changes();
+        let valid = self.watched(parent);
         let (node, status) = self.remember(self.reopen(&file, OFlag::O_PATH)?, seen)?;
         let fh = self.handles.insert(&node, file).inspect_err(|_| self.inodes.forget(node.inode.id, 1))?;
         let opened = OpenOut { fh, open_flags: wire::FOPEN_KEEP_CACHE, ..Default::default() };
         self.unsynced.add(&node);
-        Ok((entry(&parent.inode, &node.inode, &status), opened))
+        Ok((entry((&parent.inode, valid), (&node.inode, Validity::SHORT), &status), opened))
     }
 }
 

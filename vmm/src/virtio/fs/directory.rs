@@ -14,6 +14,7 @@ use super::message::Reply;
 use super::pins::Node;
 use super::server::FileServer;
 use super::system;
+use super::watches::Validity;
 
 /// Where the name is in a `linux_dirent64`.
 const NAME_OFFSET: usize = 19;
@@ -66,6 +67,7 @@ impl FileServer {
         *position = u64::MAX;
         let read = system::directory_entries(handle.file.as_fd(), &mut buffer)?;
         let full = reply.room() - room;
+        let valid = if plus { self.watched(&directory) } else { Validity::SHORT };
         let mut end = what.offset;
         for (count, entry) in host_entries(&buffer[..read]).enumerate() {
             if reply.room() - full < wire_len(&entry, plus) {
@@ -73,7 +75,7 @@ impl FileServer {
                 return if count == 0 { Err(Errno::EINVAL) } else { Ok(()) };
             }
             if plus {
-                reply.object(&self.attributes_of(&directory, &entry))?;
+                reply.object(&self.attributes_of(&directory, &entry, valid))?;
             }
             add(reply, &entry)?;
             end = entry.next;
@@ -83,10 +85,10 @@ impl FileServer {
     }
 
     /// What READDIRPLUS tells of an entry. Of "." and "..", and of what is gone since, nothing but the name.
-    fn attributes_of(&self, directory: &Node, entry: &HostEntry<'_>) -> EntryOut {
+    fn attributes_of(&self, directory: &Node, entry: &HostEntry<'_>, valid: Validity) -> EntryOut {
         match entry.name.to_bytes() {
             b"." | b".." => EntryOut::default(),
-            _ => self.find(directory, entry.name).unwrap_or_default(),
+            _ => self.find_within(directory, entry.name, valid).map(|(entry, _)| entry).unwrap_or_default(),
         }
     }
 }

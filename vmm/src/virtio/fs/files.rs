@@ -39,7 +39,15 @@ impl FileServer {
             true => self.unprivileged(&node.file)?,
             false => None,
         };
-        let file = self.open_inode(&node, flags)?;
+        let open = || self.open_inode(&node, flags);
+        let file = match flags & (OFlag::O_ACCMODE | OFlag::O_TRUNC) == OFlag::O_RDONLY {
+            true => self.watches.open_to_read(id, &self.notices, open)?,
+            false => {
+                // All that the guest writes would be an event.
+                self.watches.lose(id, &self.notices);
+                open()?
+            }
+        };
         drop(unprivileged);
         if flags.contains(OFlag::O_TRUNC) {
             self.unsynced.add(&node);

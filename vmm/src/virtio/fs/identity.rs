@@ -14,7 +14,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
 
 use super::inodes::lock;
 
@@ -88,17 +90,31 @@ impl Identity {
     }
 }
 
-/// Which mounts are of overlayfs.
+/// File systems that nobody changes but this host's kernel, so that it can tell of each change. ext2 and ext3 have the
+/// number of ext4.
+const LOCAL: [FsType; 5] =
+    [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC];
+
+/// What is known of the mounts' file systems.
 #[derive(Debug, Default)]
 pub(super) struct Mounts {
-    overlay: Mutex<HashMap<u64, bool>>,
+    systems: Mutex<HashMap<u64, System>>,
+}
+
+/// What is known of a file system.
+#[derive(Debug, Clone, Copy)]
+struct System {
+    /// It is an overlay.
+    is_overlay: bool,
+    /// Nobody changes it but this host's kernel.
+    is_local: bool,
 }
 
 impl Mounts {
     /// What these attributes are of, apart from its name; nothing if the mount was not seen before.
     pub(super) fn identify(&self, status: &libc::statx) -> Option<Identity> {
-        let on_overlay = *lock(&self.overlay).get(&status.stx_mnt_id)?;
-        Some(Identity::new(status, on_overlay))
+        let system = *lock(&self.systems).get(&status.stx_mnt_id)?;
+        Some(Identity::new(status, system.is_overlay))
     }
 
     /// What an open file of these attributes is, apart from its name.
@@ -107,14 +123,26 @@ impl Mounts {
             return identity;
         }
         // Where it cannot be told the worst is assumed.
-        let on_overlay =
-            fstatfs(file).map_or(true, |status| status.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
-        let mut overlay = lock(&self.overlay);
-        if overlay.len() >= MAX_MOUNTS {
-            overlay.clear();
+        let kind = fstatfs(file).map(|status| status.filesystem_type()).ok();
+        let is_overlay = kind.is_none_or(|kind| kind == OVERLAYFS_SUPER_MAGIC);
+        let is_local = kind.is_some_and(|kind| LOCAL.contains(&kind));
+        let mut systems = lock(&self.systems);
+        if systems.len() >= MAX_MOUNTS {
+            systems.clear();
         }
-        overlay.insert(status.stx_mnt_id, on_overlay);
-        Identity::new(status, on_overlay)
+        systems.insert(status.stx_mnt_id, System { is_overlay, is_local });
+        Identity::new(status, is_overlay)
+    }
+
+    /// Whether this host's kernel knows of each change on a mount. Of one that was not seen before nobody can say.
+    pub(super) fn is_local(&self, mount: u64) -> bool {
+        lock(&self.systems).get(&mount).is_some_and(|system| system.is_local)
+    }
+
+    /// Whether this host's kernel tells of each change of a file's contents on a mount. Of an overlay it does not: who has
+    /// mapped a file there counts as a user of the layer's file.
+    pub(super) fn tells_of_contents(&self, mount: u64) -> bool {
+        lock(&self.systems).get(&mount).is_some_and(|system| system.is_local && !system.is_overlay)
     }
 
     /// Whether these attributes are of a file whose names may become files of their own.
@@ -122,7 +150,7 @@ impl Mounts {
         let is_directory = u32::from(status.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
         status.stx_nlink > 1
             && !is_directory
-            && lock(&self.overlay).get(&status.stx_mnt_id).is_none_or(|on_overlay| *on_overlay)
+            && lock(&self.systems).get(&status.stx_mnt_id).is_none_or(|system| system.is_overlay)
     }
 }
 

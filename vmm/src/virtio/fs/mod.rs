@@ -17,9 +17,10 @@
 //! # What is cached
 //!
 //! `docker cp`, volumes and other containers change files under a running guest, and it has to see that. Names
-//! and attributes are valid for 50 ms ([`VALIDITY`]), no longer than it takes to start a process with
-//! `docker exec`, yet enough for the dozens of look-ups of one `execve` or `#include` to cost one round trip each.
-//! File contents stay in the guest's page cache across opens only if the file has not changed since the last
+//! and attributes are valid until the server hears of a change and gives the guest a notice, see [`watches`] and
+//! [`notices`]. Where it would not hear of one they are valid for 50 ms ([`VALIDITY`]), no longer than it takes to start a
+//! process with `docker exec`, yet enough for the dozens of look-ups of one `execve` or `#include` to cost one round trip
+//! each. File contents stay in the guest's page cache across opens only if the file has not changed since the last
 //! open, and are dropped when its attributes show a change. Writes go through at once (no write-back cache), so a
 //! `sync` has only the host's cache to write out, see [`sync`].
 //! File locks are the guest's own: they hold between its processes, not against processes of the host. Nor does
@@ -37,6 +38,7 @@ mod identity;
 mod inodes;
 mod message;
 mod names;
+mod notices;
 mod pins;
 mod proc;
 mod server;
@@ -46,8 +48,10 @@ mod system;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod watches;
 mod wire;
 mod worker;
+mod writers;
 
 use std::io;
 use std::path::PathBuf;
@@ -62,6 +66,7 @@ use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, EventLoopError};
 
 pub use server::{FileServer, PreparedFileServer};
+use watches::Listener;
 
 /// Length of the tag in the configuration space.
 const TAG_LEN: usize = 36;
@@ -69,11 +74,16 @@ const TAG_LEN: usize = 36;
 const HIGH_PRIORITY_QUEUE: u16 = 0;
 /// The queue of all other requests.
 const REQUEST_QUEUE: u16 = 1;
+/// The queue by which the driver lends memory for [notices].
+const NOTICES_QUEUE: u16 = 2;
 /// A request of 1 MiB takes 256 descriptors for its pages and a few for headers, and the driver shortens its
 /// requests to what the queue can hold.
-const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const QUEUE_SIZES: [u16; 3] = [128, 1024, 2];
+const REQUEST_QUEUES: u32 = 1;
+/// The feature of a device that gives notices. It is the project's own, as is the patch of the driver.
+const FEATURE_NOTICES: u32 = 23;
 
-/// How long the guest may use names and attributes without asking again.
+/// How long the guest may use what it was told without asking again, where the server would not hear of a change.
 const VALIDITY: Duration = Duration::from_millis(50);
 
 /// Why a directory tree cannot be served.
@@ -107,6 +117,7 @@ pub struct FsDevice {
     tag: [u8; TAG_LEN],
     server: Arc<FileServer>,
     events: EventLoop,
+    _listening: EventLoop,
     worker: Option<SubscriberId>,
 }
 
@@ -121,7 +132,9 @@ impl FsDevice {
         padded[..tag.len()].copy_from_slice(tag.as_bytes());
         let (server, events) = (Arc::new(server), EventLoop::spawn("virtio-fs")?);
         worker::enter(&events, &server)?;
-        Ok(Self { tag: padded, server, events, worker: None })
+        let listening = EventLoop::spawn_confined("fs-notices")?;
+        listening.handle().add(Box::new(Listener::new(server.clone())))?;
+        Ok(Self { tag: padded, server, events, _listening: listening, worker: None })
     }
 }
 
@@ -135,11 +148,11 @@ impl VirtioDevice for FsDevice {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << FEATURE_NOTICES
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let request_queues = (QUEUE_SIZES.len() as u32 - 1).to_le_bytes();
+        let request_queues = REQUEST_QUEUES.to_le_bytes();
         let config = self.tag.iter().chain(&request_queues).copied();
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         data.iter_mut()
@@ -160,6 +173,7 @@ impl VirtioDevice for FsDevice {
         if let Some(worker) = self.worker.take() {
             // It fails only when the loop has ended, and the worker with it.
             let _ = self.events.handle().remove(worker);
+            self.server.notices.give_back();
             self.server.reset();
         }
     }

@@ -14,9 +14,11 @@ use nix::sys::stat::Mode;
 use super::handles::Handles;
 use super::identity::Mounts;
 use super::inodes::{Inodes, Limits};
+use super::notices::Notices;
 use super::pins::Node;
 use super::sync::Unsynced;
-use super::{FsError, proc, system};
+use super::watches::Watches;
+use super::{FsError, proc, system, watches};
 
 /// What the limit of open files is raised to, where that is allowed: the usual `fs.nr_open`.
 const WANTED_FILES: u64 = 1 << 20;
@@ -38,6 +40,7 @@ const RESERVED_FILES: u64 = 1024;
 pub struct PreparedFileServer {
     descriptors: OwnedFd,
     files: usize,
+    watches: usize,
 }
 
 /// A directory tree that is served to a guest.
@@ -49,6 +52,8 @@ pub struct FileServer {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) unsynced: Unsynced,
+    pub(super) notices: Notices,
+    pub(super) watches: Watches,
     /// What the driver agreed to at its start.
     pub(super) options: AtomicU32,
 }
@@ -63,7 +68,7 @@ impl FileServer {
         let descriptors = proc::open_descriptors().map_err(FsError::Proc)?;
         let limit = raise_file_limit();
         let files = limit - RESERVED_FILES.min(limit / 4);
-        Ok(PreparedFileServer { descriptors, files: files as usize })
+        Ok(PreparedFileServer { descriptors, files: files as usize, watches: watches::limit() })
     }
 
     /// Forgets all that the guest referred to.
@@ -71,6 +76,7 @@ impl FileServer {
         self.unsynced.clear();
         self.handles.clear();
         self.inodes.clear();
+        self.watches.clear();
     }
 
     /// Opens the file of an inode for use. Only regular files and directories are ever opened: to open a device
@@ -104,8 +110,9 @@ impl PreparedFileServer {
         let identity = mounts.identify_file(root.as_fd(), &status);
         let inodes = Inodes::new(root, identity, limits);
         let (handles, unsynced) = (Handles::new(open_files), Unsynced::new(MAX_UNSYNCED));
-        let options = AtomicU32::default();
-        Ok(FileServer { descriptors: self.descriptors, mounts, inodes, handles, unsynced, options })
+        let (notices, watches) = (Notices::default(), Watches::new(&self.descriptors, self.watches));
+        let (descriptors, options) = (self.descriptors, AtomicU32::default());
+        Ok(FileServer { descriptors, mounts, inodes, handles, unsynced, notices, watches, options })
     }
 }
 

@@ -6,11 +6,13 @@ use std::sync::{Arc, mpsc};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use nix::errno::Errno;
+use vm_memory::GuestMemory as _;
 
 use super::server::FileServer;
-use super::{FsError, HIGH_PRIORITY_QUEUE, REQUEST_QUEUE, thread};
+use super::{FEATURE_NOTICES, FsError, HIGH_PRIORITY_QUEUE, NOTICES_QUEUE, REQUEST_QUEUE, notices, thread};
 use crate::GuestMemory;
 use crate::event_loop::EventLoop;
+use crate::virtio::buffers::Descriptors;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
 use crate::virtio::{Activation, Interrupt};
 
@@ -28,9 +30,11 @@ pub(super) struct Worker {
 impl Worker {
     /// A worker for an active device.
     pub(super) fn new(activation: Activation, server: Arc<FileServer>) -> Worker {
-        let Activation { memory, queues, interrupt, .. } = activation;
+        let Activation { memory, queues, interrupt, features } = activation;
+        let takes_notices = features & 1 << FEATURE_NOTICES != 0;
         let known = [HIGH_PRIORITY_QUEUE, REQUEST_QUEUE];
-        let queues = queues.into_iter().filter(|queue| known.contains(&queue.index));
+        let known = known.into_iter().chain(takes_notices.then_some(NOTICES_QUEUE));
+        let queues = queues.into_iter().filter(|queue| known.clone().any(|index| index == queue.index));
         Worker { memory, interrupt, queues: queues.map(Virtqueue::from).collect(), server }
     }
 
@@ -38,6 +42,9 @@ impl Worker {
     fn serve(&mut self, queue: usize) -> Result<(), QueueError> {
         let Some(queue) = self.queues.get_mut(queue) else { return Ok(()) };
         queue.acknowledge_kick();
+        if queue.index() == NOTICES_QUEUE {
+            return self.server.borrow_memory(&self.memory, queue);
+        }
         for _ in 0..BATCH {
             let Some(chain) = queue.pop(&self.memory)? else {
                 if queue.enable_kicks(&self.memory)? {
@@ -80,6 +87,22 @@ impl MutEventSubscriber for Worker {
             // For want of memory in the kernel. A driver that waits for nothing should hear of it.
             self.stop(ops);
         }
+    }
+}
+
+impl FileServer {
+    /// Takes the memory for notices that the driver lends. It does not come back by the queue. What makes no sense is
+    /// left where it is, and the driver without notices.
+    fn borrow_memory(&self, memory: &GuestMemory, queue: &mut Virtqueue) -> Result<(), QueueError> {
+        while let Some(chain) = queue.pop(memory)? {
+            let Some(Ok(lent)) = Descriptors::of(chain).next() else { continue };
+            let is_there = memory.get_slice(lent.addr(), notices::LEN).is_ok();
+            let is_aligned = lent.addr().0.is_multiple_of(align_of::<u64>() as u64);
+            if is_there && is_aligned && lent.is_write_only() && lent.len() as usize >= notices::LEN {
+                self.notices.lend(memory.clone(), lent.addr());
+            }
+        }
+        Ok(())
     }
 }
 

@@ -118,6 +118,16 @@ impl Driver {
         Ok(object(&body))
     }
 
+    /// Sends a request that has no answer, with its arguments.
+    pub(super) fn forget(&mut self, opcode: u32, nodeid: u64, arguments: &[u8]) {
+        let len = (size_of::<InHeader>() + arguments.len()) as u32;
+        let header = InHeader { len, opcode, nodeid, ..Default::default() };
+        let queue = usize::from(HIGH_PRIORITY_QUEUE);
+        self.guest.push(queue, &[Part::Out([header.as_slice(), arguments].concat())]);
+        self.guest.kick(queue);
+        assert_eq!(self.guest.wait_used(queue).len, 0);
+    }
+
     pub(super) fn lookup(&mut self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
         self.object(opcode::LOOKUP, parent, &[name.to_bytes_with_nul()])
     }

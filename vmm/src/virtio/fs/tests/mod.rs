@@ -6,6 +6,7 @@ mod files;
 mod kernel;
 mod malformed;
 mod names;
+mod notices;
 mod overlay;
 mod pins;
 

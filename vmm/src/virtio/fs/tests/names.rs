@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, BatchForgetIn, CreateIn, Dirent, EntryOut, ForgetIn, ForgetOne, InHeader, LinkIn, MkdirIn,
-    MknodIn, OpenOut, ReadIn, Rename2In, RenameIn, SetattrIn, WriteIn,
+    AttrOut, BatchForgetIn, CreateIn, Dirent, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn,
+    OpenOut, ReadIn, Rename2In, RenameIn, SetattrIn, WriteIn,
 };
 use nix::errno::Errno;
 use vm_memory::ByteValued;
@@ -15,7 +15,6 @@ use vm_memory::ByteValued;
 use super::driver::{ROOT, object};
 use super::*;
 use crate::virtio::fs::wire::{opcode, setattr};
-use crate::virtio::testing::Part;
 
 fn make_directory(driver: &mut Driver, parent: u64, name: &str, mode: u32) -> Result<EntryOut, Errno> {
     let how = MkdirIn { mode, umask: 0o022 };
@@ -56,21 +55,13 @@ fn forgotten_inodes_are_gone_and_the_root_stays() {
     fs::write(driver.host("a"), "x").unwrap();
     let node = driver.lookup(ROOT, c"a").unwrap().nodeid;
     driver.lookup(ROOT, c"a").unwrap();
-    let forget = |driver: &mut Driver, opcode, nodeid, body: Vec<u8>| {
-        let len = (size_of::<InHeader>() + body.len()) as u32;
-        let header = InHeader { len, opcode, nodeid, ..Default::default() };
-        let queue = usize::from(HIGH_PRIORITY_QUEUE);
-        driver.guest.push(queue, &[Part::Out([header.as_slice(), &body].concat())]);
-        driver.guest.kick(queue);
-        assert_eq!(driver.guest.wait_used(queue).len, 0);
-    };
-    forget(&mut driver, opcode::FORGET, node, ForgetIn { nlookup: 1 }.as_slice().to_vec());
+    driver.forget(opcode::FORGET, node, ForgetIn { nlookup: 1 }.as_slice());
     driver.open(node, libc::O_RDONLY).unwrap();
     let batch = BatchForgetIn { count: 3, dummy: 0 };
     let ones = [(node, 1), (ROOT, 100), (999, 1)].map(|(nodeid, nlookup)| ForgetOne { nodeid, nlookup });
     let mut body = batch.as_slice().to_vec();
     ones.iter().for_each(|one| body.extend_from_slice(one.as_slice()));
-    forget(&mut driver, opcode::BATCH_FORGET, 0, body);
+    driver.forget(opcode::BATCH_FORGET, 0, &body);
     assert_eq!(driver.open(node, libc::O_RDONLY).unwrap_err(), Errno::ESTALE);
     assert_ne!(driver.lookup(ROOT, c"a").unwrap().nodeid, node, "numbers are not used again");
 }
