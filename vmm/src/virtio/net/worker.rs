@@ -1,13 +1,14 @@
 //! Frames between queues and tap.
 //!
 //! The tap is watched for changes (edge-triggered), and read only while the guest has buffers: a guest without any
-//! costs nothing, and its frames wait in the tap's own queue, which drops what is too much.
+//! costs nothing but one frame, and the others wait in the tap's own queue, which drops what is too much.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use event_manager::EventSet;
+use nix::errno::Errno;
 use vm_memory::GuestMemoryMmap;
 
 use super::rate::Throttle;
@@ -21,6 +22,8 @@ use crate::virtio::worker::{self, Notify, Stop};
 
 /// How many frames go one way before other devices of the loop get their turn.
 const BATCH: usize = 64;
+/// Longer frames are read into the guest's buffers themselves.
+const LONG: usize = 4096;
 /// Where the header tells over how many buffers a frame is spread.
 const BUFFER_COUNT: usize = 10;
 
@@ -37,8 +40,12 @@ pub(super) struct Worker {
     largest: usize,
     /// Whether the tap may have frames.
     tap_ready: bool,
-    /// A frame that waits for more buffers.
-    waiting: Option<Vec<u8>>,
+    /// Where a short frame is read first.
+    aside: Vec<u8>,
+    /// Length of the frame there that waits for buffers, or 0.
+    waiting: usize,
+    /// Whether the last frame was long, and so the next may be.
+    long: bool,
     throttles: Throttles,
     stop: Stop,
 }
@@ -90,7 +97,9 @@ impl Worker {
             largest,
             // Frames that came before are not announced again.
             tap_ready: true,
-            waiting: None,
+            aside: Vec::new(),
+            waiting: 0,
+            long: false,
             throttles: Throttles::default(),
             stop,
         }
@@ -128,7 +137,7 @@ impl Worker {
             if self.stop.is_requested() {
                 break;
             }
-            if !self.tap_ready && self.waiting.is_none() {
+            if !self.tap_ready && self.waiting == 0 {
                 pause = Some(Pause::Tap);
                 break;
             }
@@ -157,28 +166,41 @@ impl Worker {
         memory: &'m GuestMemoryMmap,
         buffers: &mut VecDeque<Buffer<'m>>,
     ) -> Result<Option<Pause>, QueueError> {
-        let wanted = self.waiting.as_ref().map_or(self.largest, Vec::len);
+        let direct = self.waiting == 0 && self.long;
+        if self.waiting == 0
+            && !direct
+            && let Some(pause) = self.read_aside()
+        {
+            return Ok(Some(pause));
+        }
+        let wanted = if direct { self.largest } else { self.waiting };
         let (mut room, is_final) = match self.gather(memory, buffers, wanted)? {
             Room::Found { room, is_final } => (room, is_final),
             Room::None => return Ok(Some(Pause::Buffers)),
             Room::Refused => return Ok(None),
         };
         let header = room.clone();
-        let len = match self.waiting.take() {
-            Some(frame) if frame.len() <= room.len() => room.write(&frame),
-            // It is lost: it would wait for ever, and all the others behind it.
-            Some(_) if is_final => return Ok(None),
-            Some(frame) => {
-                self.waiting = Some(frame);
-                return Ok(Some(Pause::Buffers));
+        let len = if direct {
+            if room.len() < self.largest {
+                // To see how long it is.
+                self.long = false;
+                return Ok(None);
             }
-            None if room.len() < self.largest => return Ok(self.read_aside()),
-            None => match room.read_stream(self.tap.as_fd()) {
+            match room.read_stream(self.tap.as_fd()) {
                 Ok(0) => return Ok(Some(Pause::Tap)),
                 Ok(len) => len,
                 Err(error) => return Ok(tap_pause(&error)),
-            },
+            }
+        } else if self.waiting <= room.len() {
+            room.write(&self.aside[..std::mem::take(&mut self.waiting)])
+        } else if is_final {
+            // It is lost: it would wait for ever, and all the others behind it.
+            self.waiting = 0;
+            return Ok(None);
+        } else {
+            return Ok(Some(Pause::Buffers));
         };
+        self.long = len > LONG;
         take(&mut self.throttles.receive, len);
         self.hand_over(memory, buffers, header, len)?;
         Ok(None)
@@ -228,17 +250,23 @@ impl Worker {
         self.receive.push_used_together(memory, &unused)
     }
 
-    /// Reads a frame for which there may not be enough room, to see how long it is.
+    /// Reads a frame without looking for room first: for one that is short, room for the longest would be looked for in vain,
+    /// which takes longer than to copy it.
     fn read_aside(&mut self) -> Option<Pause> {
-        let mut frame = vec![0; self.largest];
-        match nix::unistd::read(&self.tap, &mut frame) {
-            Ok(0) => Some(Pause::Tap),
-            Ok(len) => {
-                frame.truncate(len);
-                self.waiting = Some(frame);
-                None
+        if self.aside.is_empty() {
+            // Not before it is needed, and its pages not before they are.
+            self.aside = vec![0; self.largest];
+        }
+        loop {
+            match nix::unistd::read(&self.tap, &mut self.aside) {
+                Ok(len @ 1..) => {
+                    self.waiting = len;
+                    return None;
+                }
+                Err(Errno::EINTR) => {}
+                // An interface that is down or gone has no frames, and says so when it has.
+                Ok(_) | Err(_) => return Some(Pause::Tap),
             }
-            Err(errno) => tap_pause(&errno.into()),
         }
     }
 
