@@ -5,8 +5,9 @@ use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 const MIB: u64 = 1 << 20;
-/// What the guest's kernel and agent need for themselves, besides a share that grows with the memory.
-const GUEST_OVERHEAD: u64 = 40 * MIB;
+/// What the guest's kernel and agent need for themselves, besides a share that grows with the memory. 22 MiB of it the
+/// kernel never gives away, so that there are huge pages (`vm.min_free_kbytes`).
+const GUEST_OVERHEAD: u64 = 48 * MIB;
 /// The kernel's `struct page`s and the like take this share of the memory.
 const OVERHEAD_DIVISOR: u64 = 50;
 /// The monitor's own memory: its code, buffers, and pages of served files.
