@@ -121,7 +121,7 @@ fn traces() -> Result<Traces> {
 
 /// Two hundred would take ten minutes where the processor is emulated, at three seconds each. What is lost with each
 /// of them shows with twenty as well.
-const CYCLES: usize = 20;
+const CYCLES: usize = 10;
 
 fn containers_come_and_go_in_one_namespace() -> Result<()> {
     let namespace = Namespace::new()?;
