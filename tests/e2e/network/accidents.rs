@@ -120,7 +120,7 @@ fn traces() -> Result<Traces> {
 }
 
 /// Two hundred would take ten minutes where the processor is emulated, at three seconds each. What is lost with each
-/// of them shows with twenty as well.
+/// of them shows with ten as well.
 const CYCLES: usize = 10;
 
 fn containers_come_and_go_in_one_namespace() -> Result<()> {
