@@ -21,18 +21,20 @@ fn the_network_is_taken_away_under_a_container() -> Result<()> {
     let (place, gateway) = (address(&id)?, gateway()?);
     shell(&format!("ping -c 1 -w 60 {place}"))?.expect_code(0)?;
     let pid = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.text();
-    // The tap first, and then the cable to the bridge, of which both ends vanish together.
-    for device in ["rvm0", "eth0"] {
+    let within = |line: &str| Ok::<_, anyhow::Error>(docker(&["exec", &id, "sh", "-c", line])?.text());
+    let remove = |device| {
         shell(&format!("nsenter -t {pid} -n ip link delete {device}"))?.expect_code(0)?;
         ensure!(shell(&format!("ping -c 1 -W 1 {place}"))?.code != 0, "it answers without {device}");
-        // What it sends goes nowhere, and holds nothing up.
-        let send = format!("ping -c 3 -W 1 {gateway}; cat /sys/class/net/eth0/mtu");
-        let shown = docker(&["exec", &id, "sh", "-c", &send])?.expect_code(0)?.text();
-        ensure!(
-            shown.contains("3 packets transmitted, 0 packets received") && shown.ends_with("1500"),
-            "{shown}"
-        );
-    }
+        Ok(())
+    };
+    // The tap first: what the guest sends goes nowhere, and holds nothing up.
+    remove("rvm0")?;
+    let shown = within(&format!("ping -c 3 -W 1 {gateway}; cat /sys/class/net/eth0/mtu"))?;
+    let is_lost = shown.contains("3 packets transmitted, 0 packets received") && shown.ends_with("1500");
+    ensure!(is_lost, "{shown}");
+    // And then the cable to the bridge, of which both ends vanish together, and so does the guest's interface.
+    remove("eth0")?;
+    eventually("no interface is left", || Ok(within("ls /sys/class/net")? == "lo"))?;
     docker(&["stop", "-t", "60", &id])?.expect_code(0)?;
     docker(&["wait", &id])?.expect_text("7")?;
     docker(&["rm", &id])?.expect_code(0).map(drop)
