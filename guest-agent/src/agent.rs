@@ -117,22 +117,15 @@ impl Agent {
                     Target::Resolver
                     | Target::ResolverDatagrams
                     | Target::ResolverListener
-                    | Target::ResolverClient(_) => self.resolve(target, ready),
+                    | Target::ResolverClient(_) => {
+                        if let Some(resolver) = &mut self.resolver {
+                            resolver.on_event(target, ready, self.host.as_ref(), &self.poller);
+                        }
+                    }
                 }
             }
             self.settle();
             self.control.flush(&self.poller)?;
-        }
-    }
-
-    fn resolve(&mut self, target: Target, ready: EpollFlags) {
-        let Some(resolver) = &mut self.resolver else { return };
-        match target {
-            Target::Resolver => resolver.on_upstream(ready, &self.poller),
-            Target::ResolverDatagrams => resolver.on_datagrams(self.host.as_ref(), &self.poller),
-            Target::ResolverListener => resolver.on_connection(&self.poller),
-            Target::ResolverClient(id) => resolver.on_client(id, ready, self.host.as_ref(), &self.poller),
-            _ => {}
         }
     }
 

@@ -88,8 +88,19 @@ impl Resolver {
         })
     }
 
+    /// Acts on an event of one of its own targets.
+    pub fn on_event(&mut self, target: Target, ready: EpollFlags, host: &dyn Host, poller: &Poller) {
+        match target {
+            Target::Resolver => self.on_upstream(ready, poller),
+            Target::ResolverDatagrams => self.on_datagrams(host, poller),
+            Target::ResolverListener => self.on_connection(poller),
+            Target::ResolverClient(id) => self.on_client(id, ready, host, poller),
+            _ => {}
+        }
+    }
+
     /// Takes queries that have come as datagrams.
-    pub fn on_datagrams(&mut self, host: &dyn Host, poller: &Poller) {
+    fn on_datagrams(&mut self, host: &dyn Host, poller: &Poller) {
         let mut message = vec![0; MAX_DNS_MESSAGE];
         for _ in 0..BATCH {
             // An error is that of an answer which nobody wanted any more.
@@ -100,7 +111,7 @@ impl Resolver {
     }
 
     /// Takes a new connection.
-    pub fn on_connection(&mut self, poller: &Poller) {
+    fn on_connection(&mut self, poller: &Poller) {
         let Ok((stream, _)) = self.listener.accept() else { return };
         let id = self.next_client;
         self.next_client = self.next_client.wrapping_add(1);
@@ -115,7 +126,7 @@ impl Resolver {
     }
 
     /// Something happened at a connection.
-    pub fn on_client(&mut self, id: u32, ready: EpollFlags, host: &dyn Host, poller: &Poller) {
+    fn on_client(&mut self, id: u32, ready: EpollFlags, host: &dyn Host, poller: &Poller) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         if ready.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
             match client.read() {
@@ -132,7 +143,7 @@ impl Resolver {
     }
 
     /// Something happened at the connection to the host.
-    pub fn on_upstream(&mut self, ready: EpollFlags, poller: &Poller) {
+    fn on_upstream(&mut self, ready: EpollFlags, poller: &Poller) {
         match self.upstream.receive(ready) {
             Ok(answers) => answers.into_iter().for_each(|answer| self.answer(answer, poller)),
             Err(_) => return self.give_up(poller),

@@ -54,15 +54,9 @@ impl Guest {
                 return;
             }
             for (target, ready) in events {
-                match target {
-                    Target::Resolver => self.resolver.on_upstream(ready, &self.poller),
-                    Target::ResolverDatagrams => self.resolver.on_datagrams(&self.monitor, &self.poller),
-                    Target::ResolverListener => self.resolver.on_connection(&self.poller),
-                    Target::ResolverClient(id) => {
-                        self.resolver.on_client(id, ready, &self.monitor, &self.poller);
-                    }
-                    other => panic!("{other:?}"),
-                }
+                let control = [Target::Control, Target::Signals, Target::Memory];
+                assert!(!control.contains(&target), "{target:?} is none of its own");
+                self.resolver.on_event(target, ready, &self.monitor, &self.poller);
             }
         }
     }

@@ -185,11 +185,9 @@ impl<'l> Follower<'l> {
                 }
             }
         }
-        let is_known = |name: &Option<String>| {
-            name.as_ref().is_none_or(|name| links.iter().any(|link| link.interface.name == *name))
-        };
-        survey.routes.retain(|route| is_known(&route.interface));
-        survey.neighbours.retain(|neighbour| is_known(&Some(neighbour.interface.clone())));
+        let is_known = |name: &str| links.iter().any(|link| link.interface.name == name);
+        survey.routes.retain(|route| route.interface.as_deref().is_none_or(is_known));
+        survey.neighbours.retain(|neighbour| is_known(&neighbour.interface));
         survey.links = links;
         Ok(Connected { wiring: wiring(survey), taps })
     }

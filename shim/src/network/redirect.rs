@@ -29,7 +29,8 @@ pub fn join(netlink: &mut Netlink, one: u32, other: u32) -> Result<(), NetworkEr
     for (from, to) in [(one, other), (other, one)] {
         // One that a killed container left behind would lead to a device that is gone.
         part(netlink, from).map_err(refused)?;
-        let rule = Rule::lead(LAST, libc::ETH_P_ALL, everything(), to);
+        // No bit of the one word is compared: it is there for every frame.
+        let rule = Rule::lead(LAST, libc::ETH_P_ALL, selector(&[(0, 0, 0)]), to);
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         netlink.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(from)), flags).map_err(refused)?;
         netlink
@@ -189,13 +190,20 @@ fn mirror(kind: TcMirrorActionType, then: TcActionType, to: u32) -> TcAction {
     action
 }
 
-/// A selector whose one key compares nothing, and so matches each frame.
-fn everything() -> TcU32Selector {
+/// Selects what has these values in these bits of the words at these offsets.
+pub fn selector(words: &[(i32, u32, u32)]) -> TcU32Selector {
     let mut selector = TcU32Selector::default();
     selector.flags = TcU32SelectorFlags::Terminal;
-    selector.keys = vec![TcU32Key::default()];
-    selector.nkeys = 1;
+    selector.keys = words.iter().map(|(offset, mask, value)| key(*offset, *mask, *value)).collect();
+    // A handful of words.
+    selector.nkeys = words.len() as u8;
     selector
+}
+
+fn key(offset: i32, mask: u32, value: u32) -> TcU32Key {
+    let mut key = TcU32Key::default();
+    (key.off, key.mask, key.val) = (offset, mask, value);
+    key
 }
 
 fn ingress(device: u32) -> TcMessage {

@@ -10,12 +10,11 @@ use std::ops::RangeInclusive;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::tc::{TcU32Key, TcU32Selector, TcU32SelectorFlags};
 use rvm_protocol::HOST_PORTS;
 
 use super::NetworkError;
 use super::netlink::Netlink;
-use super::redirect::{Rule, refused};
+use super::redirect::{Rule, refused, selector};
 
 /// The kernel's own choice in a new namespace.
 const USUAL_PORTS: RangeInclusive<u16> = 32_768..=60_999;
@@ -90,22 +89,6 @@ fn priority(protocol: libc::c_int) -> u16 {
 /// IPv6 (RFC 8200): the next header is in the second word.
 fn next_header(number: u32) -> (i32, u32, u32) {
     (4, 0x0000_ff00, number << 8)
-}
-
-/// Selects what has these values in these bits of the words at these offsets.
-fn selector(words: &[(i32, u32, u32)]) -> TcU32Selector {
-    let mut selector = TcU32Selector::default();
-    selector.flags = TcU32SelectorFlags::Terminal;
-    selector.keys = words.iter().map(|(offset, mask, value)| key(*offset, *mask, *value)).collect();
-    // A handful of words.
-    selector.nkeys = words.len() as u8;
-    selector
-}
-
-fn key(offset: i32, mask: u32, value: u32) -> TcU32Key {
-    let mut key = TcU32Key::default();
-    (key.off, key.mask, key.val) = (offset, mask, value);
-    key
 }
 
 #[cfg(test)]

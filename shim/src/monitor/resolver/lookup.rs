@@ -23,11 +23,14 @@ pub struct UdpLookups<'s> {
     free: Vec<&'s OwnedFd>,
     /// The oldest first.
     asked: VecDeque<(&'s OwnedFd, Lookup)>,
+    /// Where answers are received.
+    buffer: Vec<u8>,
 }
 
 impl<'s> UdpLookups<'s> {
     pub fn new(sockets: &'s [OwnedFd], server: SocketAddrV4) -> Self {
-        Self { server, free: sockets.iter().collect(), asked: VecDeque::new() }
+        let buffer = vec![0; MAX_DNS_MESSAGE];
+        Self { server, free: sockets.iter().collect(), asked: VecDeque::new(), buffer }
     }
 
     /// What to poll for.
@@ -54,10 +57,10 @@ impl<'s> UdpLookups<'s> {
         }
     }
 
-    fn send(&self, socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
+    fn send(&mut self, socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
         // What came too late for the last query is not the answer to this one. Nothing more comes in between.
         dissolve(socket)?;
-        while !matches!(receive(socket), Err(Errno::EAGAIN)) {}
+        while !matches!(read(socket, &mut self.buffer), Err(Errno::EAGAIN)) {}
         connect_anew(socket, self.server)?;
         write(socket, message)?;
         Ok(())
@@ -67,9 +70,9 @@ impl<'s> UdpLookups<'s> {
     pub fn receive(&mut self) -> Vec<Lookup> {
         let mut answers = Vec::new();
         for (socket, query) in std::mem::take(&mut self.asked) {
-            match receive(socket) {
-                Ok(message) if is_answer(&message, &query.message) => {
-                    answers.push(Lookup { message, ..query });
+            match read(socket, &mut self.buffer) {
+                Ok(length) if is_answer(&self.buffer[..length], &query.message) => {
+                    answers.push(Lookup { message: self.buffer[..length].to_vec(), ..query });
                     self.free.push(socket);
                 }
                 Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => self.asked.push_back((socket, query)),
@@ -82,13 +85,6 @@ impl<'s> UdpLookups<'s> {
         }
         answers
     }
-}
-
-fn receive(socket: &OwnedFd) -> nix::Result<Vec<u8>> {
-    let mut message = vec![0; MAX_DNS_MESSAGE];
-    let length = read(socket, &mut message)?;
-    message.truncate(length);
-    Ok(message)
 }
 
 /// Queries over TCP: one a connection.
