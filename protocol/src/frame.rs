@@ -47,6 +47,19 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     Ok(bytes)
 }
 
+/// Writes as much of what waits as a non-blocking connection takes, and keeps the rest.
+pub fn write_available(writer: &mut impl Write, waiting: &mut Vec<u8>) -> io::Result<()> {
+    while !waiting.is_empty() {
+        match writer.write(waiting) {
+            Ok(length) => drop(waiting.drain(..length)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Reads one message from a blocking reader.
 pub fn read_frame<T: DeserializeOwned>(reader: &mut impl Read) -> Result<T, FrameError> {
     let mut prefix = [0; PREFIX];

@@ -15,7 +15,7 @@ mod program;
 pub mod resolver;
 pub mod stream;
 
-pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_frame};
+pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_available, write_frame};
 pub use message::{
     AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
     Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,

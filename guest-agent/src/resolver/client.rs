@@ -1,9 +1,10 @@
 //! A process that asks over TCP: messages with their lengths in front (RFC 1035, section 4.2.2), both ways.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::TcpStream;
 
 use nix::sys::epoll::EpollFlags;
+use rvm_protocol::write_available;
 
 use crate::event::{Poller, Target};
 
@@ -68,15 +69,7 @@ impl Client {
 
     /// Writes what the connection takes.
     pub fn write(&mut self) -> io::Result<()> {
-        while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
-                Ok(length) => drop(self.outgoing.drain(..length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        write_available(&mut self.stream, &mut self.outgoing)
     }
 
     /// Whether it has asked all that it wanted, and has all the answers.

@@ -2,12 +2,12 @@
 //!
 //! Nothing here blocks. Requests that are made before the agent is up wait for it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::PollFlags;
-use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame};
+use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available};
 
 use crate::foreign::tame_message;
 
@@ -84,15 +84,7 @@ impl Agent {
     /// Writes what waits to be written, as far as the connection takes it.
     pub fn flush(&mut self) -> Result<(), AgentFailure> {
         let Some(stream) = self.stream.as_mut().filter(|_| self.ready) else { return Ok(()) };
-        while !self.outgoing.is_empty() {
-            match stream.write(&self.outgoing) {
-                Ok(length) => drop(self.outgoing.drain(..length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(FrameError::from(error).into()),
-            }
-        }
-        Ok(())
+        write_available(stream, &mut self.outgoing).map_err(|error| FrameError::from(error).into())
     }
 
     /// Reads once, and returns the messages that are whole now.

@@ -13,7 +13,7 @@ mod sockets;
 #[cfg(test)]
 mod tests;
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::{Lookup, LookupReader, Transport};
+use rvm_protocol::{Lookup, LookupReader, Transport, write_available};
 
 use lookup::{TcpLookups, UdpLookups, is_query};
 use sockets::Sockets;
@@ -104,7 +104,7 @@ impl<'s> Conversation<'s> {
             if guest && !self.read()? {
                 return Ok(());
             }
-            self.flush()?;
+            write_available(&mut self.guest, &mut self.outgoing)?;
         }
     }
 
@@ -160,18 +160,6 @@ impl<'s> Conversation<'s> {
         for answer in answers {
             self.outgoing.extend(answer.to_bytes());
         }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.outgoing.is_empty() {
-            match self.guest.write(&self.outgoing) {
-                Ok(length) => drop(self.outgoing.drain(..length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }
 
