@@ -55,7 +55,33 @@ impl<'m> GuestBuffers<'m> {
     }
 
     fn collect(memory: &'m GuestMemoryMmap, chain: Chain<'m>, writable: bool) -> Result<Self, ChainError> {
-        let mut buffers = Self { slices: VecDeque::new(), len: 0 };
+        let mut buffers = Self::empty();
+        buffers.extend(memory, chain, writable)?;
+        Ok(buffers)
+    }
+
+    /// Adds the room of another chain at the end, or nothing if that makes no sense. Returns how much it is.
+    pub(crate) fn extend_writable(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        chain: Chain<'m>,
+    ) -> Result<usize, ChainError> {
+        let before = self.len;
+        match self.extend(memory, chain, true) {
+            Ok(()) => Ok(self.len - before),
+            Err(error) => {
+                self.truncate(before);
+                Err(error)
+            }
+        }
+    }
+
+    fn extend(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        chain: Chain<'m>,
+        writable: bool,
+    ) -> Result<(), ChainError> {
         for descriptor in Descriptors::of(chain) {
             let descriptor = descriptor?;
             if descriptor.is_write_only() != writable {
@@ -67,10 +93,10 @@ impl<'m> GuestBuffers<'m> {
             // The sum fits: a chain of virtio-queue ends where it would exceed 2^32 bytes.
             let len = descriptor.len() as usize;
             let slice = memory.get_slice(descriptor.addr(), len).map_err(|_| ChainError::Address)?;
-            buffers.slices.push_back(slice);
-            buffers.len += len;
+            self.slices.push_back(slice);
+            self.len += len;
         }
-        Ok(buffers)
+        Ok(())
     }
 
     /// How many bytes are left.
@@ -113,25 +139,54 @@ impl<'m> GuestBuffers<'m> {
         front
     }
 
+    /// Drops the first `len` bytes, or all there are.
+    pub fn skip(&mut self, mut len: usize) {
+        while len > 0 {
+            let Some(first) = self.slices.pop_front() else { return };
+            self.len -= first.len();
+            let dropped = first.len().min(len);
+            len -= dropped;
+            self.push_front(first.offset(dropped));
+        }
+    }
+
     /// Copies bytes out of the guest's memory until `to` is full or nothing is left; returns how many.
     pub fn read(&mut self, mut to: &mut [u8]) -> usize {
-        let wanted = self.split_front(to.len());
-        for slice in &wanted.slices {
+        let wanted = to.len().min(self.len);
+        for slice in &self.slices {
+            if to.is_empty() {
+                break;
+            }
             let copied = slice.copy_to(to);
             to = &mut to[copied..];
         }
-        wanted.len
+        self.skip(wanted);
+        wanted
     }
 
     /// Copies bytes into the guest's memory until `from` ends or no room is left; returns how many.
-    pub fn write(&mut self, mut from: &[u8]) -> usize {
-        let room = self.split_front(from.len());
-        for slice in &room.slices {
-            let (now, later) = from.split_at(slice.len());
-            slice.copy_from(now);
-            from = later;
+    pub fn write(&mut self, from: &[u8]) -> usize {
+        let written = self.write_at(0, from);
+        self.skip(written);
+        written
+    }
+
+    /// The same from an offset on, whose room is not consumed.
+    pub(crate) fn write_at(&self, mut offset: usize, from: &[u8]) -> usize {
+        let mut rest = from;
+        for slice in &self.slices {
+            if rest.is_empty() {
+                break;
+            }
+            let before = offset.min(slice.len());
+            offset -= before;
+            if let Ok(room) = slice.offset(before) {
+                let (now, later) = rest.split_at(rest.len().min(room.len()));
+                room.copy_from(now);
+                rest = later;
+            }
         }
-        room.len
+        from.len() - rest.len()
     }
 
     /// Sends as many bytes as a socket takes now, and consumes them. A closed peer is an error, not a signal.
@@ -187,7 +242,7 @@ impl<'m> GuestBuffers<'m> {
     /// Turns what a system call returned into a result, and drops the bytes that it moved.
     fn consume(&mut self, moved: isize) -> io::Result<usize> {
         let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
-        self.split_front(moved);
+        self.skip(moved);
         Ok(moved)
     }
 

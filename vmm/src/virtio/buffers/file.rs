@@ -33,12 +33,6 @@ impl<'m> GuestBuffers<'m> {
         Self { slices: Default::default(), len: 0 }
     }
 
-    /// Adds the bytes of another chain at the end.
-    pub fn append(&mut self, mut other: GuestBuffers<'m>) {
-        self.slices.append(&mut other.slices);
-        self.len += other.len;
-    }
-
     /// Takes a structure off the front, if all its bytes are there. They are read exactly once.
     pub fn read_object<T: ByteValued + Default>(&mut self) -> Option<T> {
         let mut object = T::default();
@@ -68,12 +62,12 @@ impl<'m> GuestBuffers<'m> {
         self.write_file(file, 0, libc::RWF_APPEND)
     }
 
-    /// Reads what a device or pipe has; returns how many bytes.
-    pub fn read_stream(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
-        let vectors = self.vectors();
+    /// Reads what a device or pipe has, up to `limit` bytes; returns how many. Their room is not consumed.
+    pub fn read_stream(&self, file: BorrowedFd<'_>, limit: usize) -> io::Result<usize> {
+        let (vectors, _) = self.message_up_to(limit);
         // SAFETY: as for `read_file_at`.
         let read = unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32) };
-        self.consume(read)
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
     /// Writes to a device or pipe; returns how many bytes it took.
@@ -167,14 +161,15 @@ mod tests {
         let mut guest = Guest::new(&[8]);
         guest.push(0, &[Part::Out(b"ping".to_vec()), Part::In(2), Part::In(2)]);
         let memory = guest.memory.clone();
-        let (mut data, mut room) = GuestBuffers::both(&memory, pop(&guest, &memory)).unwrap();
+        let (mut data, room) = GuestBuffers::both(&memory, pop(&guest, &memory)).unwrap();
         let (mut reader, mut writer) = io::pipe().unwrap();
         assert_eq!(data.write_stream(writer.as_fd()).unwrap(), 4);
         let mut bytes = [0; 4];
         reader.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"ping");
         writer.write_all(b"abc").unwrap();
-        assert_eq!(room.read_stream(reader.as_fd()).unwrap(), 3);
-        assert_eq!(room.len(), 1);
+        assert_eq!(room.read_stream(reader.as_fd(), 1).unwrap(), 1);
+        assert_eq!(room.read_stream(reader.as_fd(), 4).unwrap(), 2);
+        assert_eq!(room.len(), 4, "not consumed");
     }
 }

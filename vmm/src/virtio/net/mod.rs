@@ -5,6 +5,7 @@
 //! kernel or its hardware, or not at all where a frame stays on the host.
 
 mod rate;
+mod room;
 mod tap;
 #[cfg(test)]
 mod tests;

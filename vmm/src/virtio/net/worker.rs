@@ -3,29 +3,25 @@
 //! The tap is watched for changes (edge-triggered), and read only while the guest has buffers: a guest without any
 //! costs nothing but one frame, and the others wait in the tap's own queue, which drops what is too much.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
-use event_manager::EventSet;
-use nix::errno::Errno;
-use vm_memory::GuestMemoryMmap;
-
 use super::rate::Throttle;
+use super::room::{Found, Room};
 use super::tap::Tap;
 use super::{HEADER, LINK_HEADER, MAX_PACKET, Throttles};
 use crate::GuestMemory;
 use crate::virtio::Interrupt;
-use crate::virtio::buffers::{GuestBuffers, MAX_DESCRIPTORS};
+use crate::virtio::buffers::GuestBuffers;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
 use crate::virtio::worker::{self, Notify, Stop};
+use event_manager::EventSet;
+use nix::errno::Errno;
 
 /// How many frames go one way before other devices of the loop get their turn.
 const BATCH: usize = 64;
 /// Longer frames are read into the guest's buffers themselves.
 const LONG: usize = 4096;
-/// Where the header tells over how many buffers a frame is spread.
-const BUFFER_COUNT: usize = 10;
 
 /// What the device runs on the loop.
 pub(super) struct Worker {
@@ -48,22 +44,6 @@ pub(super) struct Worker {
     long: bool,
     throttles: Throttles,
     stop: Stop,
-}
-
-/// A buffer of the guest's for received frames.
-struct Buffer<'m> {
-    head: u16,
-    room: GuestBuffers<'m>,
-}
-
-/// What the buffers at hand are good for.
-enum Room<'m> {
-    /// There are none.
-    None,
-    /// Some were no buffers at all, and went back.
-    Refused,
-    /// This much. It cannot grow any more if it `is_final`, whatever the driver adds.
-    Found { room: GuestBuffers<'m>, is_final: bool },
 }
 
 /// Why nothing more can be received now.
@@ -131,7 +111,7 @@ impl Worker {
     /// Receives one batch of frames.
     fn receive(&mut self) -> Result<(), QueueError> {
         let memory = self.memory.clone();
-        let mut buffers = VecDeque::new();
+        let mut room = Room::new(&memory, self.mergeable);
         let mut pause = None;
         for _ in 0..BATCH {
             if self.stop.is_requested() {
@@ -145,7 +125,7 @@ impl Worker {
                 pause = Some(Pause::Line);
                 break;
             }
-            pause = self.receive_one(&memory, &mut buffers)?;
+            pause = self.receive_one(&mut room)?;
             match pause {
                 Some(Pause::Tap) => self.tap_ready = false,
                 Some(Pause::Buffers) if self.receive.enable_kicks(&memory)? => pause = None,
@@ -153,7 +133,7 @@ impl Worker {
                 None => (),
             }
         }
-        buffers.iter().for_each(|_| self.receive.undo_pop());
+        room.put_back(&mut self.receive);
         if pause.is_none() {
             self.receive.kick_self();
         }
@@ -161,11 +141,7 @@ impl Worker {
     }
 
     /// Receives one frame into the buffers at hand, of which more are taken from the queue as needed.
-    fn receive_one<'m>(
-        &mut self,
-        memory: &'m GuestMemoryMmap,
-        buffers: &mut VecDeque<Buffer<'m>>,
-    ) -> Result<Option<Pause>, QueueError> {
+    fn receive_one(&mut self, room: &mut Room<'_>) -> Result<Option<Pause>, QueueError> {
         let direct = self.waiting == 0 && self.long;
         if self.waiting == 0
             && !direct
@@ -174,80 +150,34 @@ impl Worker {
             return Ok(Some(pause));
         }
         let wanted = if direct { self.largest } else { self.waiting };
-        let (mut room, is_final) = match self.gather(memory, buffers, wanted)? {
-            Room::Found { room, is_final } => (room, is_final),
-            Room::None => return Ok(Some(Pause::Buffers)),
-            Room::Refused => return Ok(None),
-        };
-        let header = room.clone();
-        let len = if direct {
-            if room.len() < self.largest {
+        let len = match room.gather(&mut self.receive, wanted)? {
+            Found::Enough if direct => match room.read(&self.tap, self.largest) {
+                Ok(0) => return Ok(Some(Pause::Tap)),
+                Ok(len) => len,
+                Err(error) => return Ok(tap_pause(&error)),
+            },
+            Found::Enough => {
+                let len = std::mem::take(&mut self.waiting);
+                room.write(&self.aside[..len]);
+                len
+            }
+            Found::Less { .. } if direct => {
                 // To see how long it is.
                 self.long = false;
                 return Ok(None);
             }
-            match room.read_stream(self.tap.as_fd()) {
-                Ok(0) => return Ok(Some(Pause::Tap)),
-                Ok(len) => len,
-                Err(error) => return Ok(tap_pause(&error)),
+            Found::Less { is_final: true } => {
+                // It is lost: it would wait for ever, and all the others behind it.
+                self.waiting = 0;
+                return Ok(None);
             }
-        } else if self.waiting <= room.len() {
-            room.write(&self.aside[..std::mem::take(&mut self.waiting)])
-        } else if is_final {
-            // It is lost: it would wait for ever, and all the others behind it.
-            self.waiting = 0;
-            return Ok(None);
-        } else {
-            return Ok(Some(Pause::Buffers));
+            Found::Less { is_final: false } => return Ok(Some(Pause::Buffers)),
+            Found::Refused => return Ok(None),
         };
         self.long = len > LONG;
         take(&mut self.throttles.receive, len);
-        self.hand_over(memory, buffers, header, len)?;
+        room.hand_over(&mut self.receive, len)?;
         Ok(None)
-    }
-
-    /// The room for a frame of this length: buffers are taken until they suffice or there are no more.
-    fn gather<'m>(
-        &mut self,
-        memory: &'m GuestMemoryMmap,
-        buffers: &mut VecDeque<Buffer<'m>>,
-        wanted: usize,
-    ) -> Result<Room<'m>, QueueError> {
-        let mut all = GuestBuffers::empty();
-        let mut next = 0;
-        let mut is_full = false;
-        while all.len() < wanted && (next == 0 || self.mergeable) {
-            if next == buffers.len() {
-                let Some(chain) = self.receive.pop(memory)? else { break };
-                let head = chain.head_index();
-                let room = GuestBuffers::writable(memory, chain).unwrap_or_else(|_| GuestBuffers::empty());
-                buffers.push_back(Buffer { head, room });
-                if buffers.back().is_some_and(|buffer| buffer.room.is_empty()) {
-                    self.refuse(memory, buffers)?;
-                    return Ok(Room::Refused);
-                }
-            }
-            // One system call takes no more pieces, and would leave out the rest without a word.
-            is_full = all.pieces() + buffers[next].room.pieces() > MAX_DESCRIPTORS;
-            if is_full {
-                break;
-            }
-            all.append(buffers[next].room.clone());
-            next += 1;
-        }
-        let is_final = is_full || !self.mergeable || next == usize::from(self.receive.size());
-        Ok(if next > 0 { Room::Found { room: all, is_final } } else { Room::None })
-    }
-
-    /// Gives all buffers at hand back unused, of which the last is none: a chain that makes no sense or has no room.
-    /// Those before it go with it, because what is put back into the queue would come before what was used.
-    fn refuse(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        buffers: &mut VecDeque<Buffer<'_>>,
-    ) -> Result<(), QueueError> {
-        let unused: Vec<_> = buffers.drain(..).map(|buffer| (buffer.head, 0)).collect();
-        self.receive.push_used_together(memory, &unused)
     }
 
     /// Reads a frame without looking for room first: for one that is short, room for the longest would be looked for in vain,
@@ -268,30 +198,6 @@ impl Worker {
                 Ok(_) | Err(_) => return Some(Pause::Tap),
             }
         }
-    }
-
-    /// Gives buffers back with a frame in them.
-    fn hand_over(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        buffers: &mut VecDeque<Buffer<'_>>,
-        mut header: GuestBuffers<'_>,
-        len: usize,
-    ) -> Result<(), QueueError> {
-        let (mut used, mut rest) = (Vec::new(), len);
-        while let Some(buffer) = buffers.pop_front() {
-            let filled = rest.min(buffer.room.len());
-            used.push((buffer.head, filled as u32));
-            rest -= filled;
-            if rest == 0 {
-                break;
-            }
-        }
-        // Before the guest may look: the tap leaves this field alone.
-        header.split_front(BUFFER_COUNT);
-        header.write(&(used.len() as u16).to_le_bytes());
-        // A driver that saw a part of the frame alone would take it for damaged.
-        self.receive.push_used_together(memory, &used)
     }
 }
 
