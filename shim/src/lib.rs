@@ -11,6 +11,7 @@ pub mod commands;
 pub mod console;
 pub mod container;
 pub mod control;
+pub mod cost;
 pub mod error;
 pub mod features;
 mod foreign;

@@ -17,6 +17,7 @@ mod exit_codes;
 mod leftovers;
 mod lifecycle;
 mod limits;
+mod memory;
 mod network;
 mod options;
 mod programs;
@@ -56,6 +57,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("engines", engines::STORIES),
     ("exit_codes", exit_codes::STORIES),
     ("limits", limits::STORIES),
+    ("memory", memory::STORIES),
     ("execs", execs::STORIES),
     ("streams", streams::STORIES),
     ("specification", specification::STORIES),

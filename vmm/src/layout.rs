@@ -43,7 +43,7 @@ pub(crate) const REGISTERS_OFFSET: u64 = 0xf00;
 /// From one slot to the next.
 const SLOT_STRIDE: u64 = 0x2000;
 /// The most virtio-mmio slots that a machine can have.
-pub const MAX_SLOTS: u8 = 16;
+pub const MAX_SLOTS: u8 = 17;
 
 /// Where KVM's interrupt controllers are.
 pub(crate) const IOAPIC: GuestAddress = GuestAddress(0xfec0_0000);

@@ -104,7 +104,7 @@ pub(super) fn ps(context: &Context, arguments: &PsArguments) -> Result<(), Error
 }
 
 /// The monitor and the stubs of `exec`, which share a cgroup of their own.
-fn host_processes(container: &Container) -> Result<Vec<u32>, Error> {
+pub(super) fn host_processes(container: &Container) -> Result<Vec<u32>, Error> {
     let monitor = container.monitor()?.pid.cast_unsigned();
     let mut pids = match &container.record.cgroup {
         Some(cgroup) => cgroup.pids()?.into_iter().filter(|pid| has_command_line(*pid)).collect(),
@@ -137,13 +137,13 @@ fn guest_processes(container: &Container) -> Result<String, Error> {
     Ok(text(&table))
 }
 
-fn new_table(header: &[&str]) -> Table {
+pub(super) fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     table
 }
 
-fn text(table: &Table) -> String {
+pub(super) fn text(table: &Table) -> String {
     let lines = table.lines().map(|line| format!("{}\n", line.trim()));
     lines.collect()
 }

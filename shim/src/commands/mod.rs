@@ -7,6 +7,7 @@ mod lifecycle;
 mod local;
 mod process;
 mod run;
+mod stats;
 mod stub;
 mod update;
 mod usage;
@@ -101,6 +102,8 @@ enum Command {
     List(inspect::ListArguments),
     /// List the processes of a container
     Ps(inspect::PsArguments),
+    /// Show what containers cost this host in memory
+    Stats(stats::StatsArguments),
     /// Halt a container
     Pause(lifecycle::IdArgument),
     /// Let a halted container go on
@@ -183,6 +186,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode, Error> {
         Command::Exec(arguments) => return exec::exec(context, *arguments),
         Command::List(arguments) => inspect::list(context, &arguments),
         Command::Ps(arguments) => inspect::ps(context, &arguments),
+        Command::Stats(arguments) => stats::stats(context, &arguments),
         Command::Pause(arguments) => lifecycle::pause(context, &arguments),
         Command::Resume(arguments) => lifecycle::resume(context, &arguments),
         Command::Update(arguments) => update::update(context, &arguments),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rvm_protocol::{CONTROL_PORT, GUEST_CID, RESOLVER_PORT, ROOTFS_TAG, STREAM_PORT};
 use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
+use rvm_vmm::virtio::balloon::BalloonDevice;
 use rvm_vmm::virtio::block::BlockDevice;
 use rvm_vmm::virtio::fs::{FileServer, FsDevice, PreparedFileServer};
 use rvm_vmm::virtio::rng::RngDevice;
@@ -25,10 +26,11 @@ use crate::timeline::{Phase, Timeline};
 const VSOCK_SLOT: u8 = 0;
 const RNG_SLOT: u8 = 1;
 const ROOTFS_SLOT: u8 = 2;
+const BALLOON_SLOT: u8 = 3;
 /// The first slot that is free for devices that are plugged later.
-pub const FIRST_FREE_SLOT: u8 = 3;
+pub const FIRST_FREE_SLOT: u8 = 4;
 /// Number of slots for all but disks.
-pub const SLOTS: u8 = 8;
+pub const SLOTS: u8 = 9;
 /// How many of the kernel's last lines an error shows.
 const LAST_LINES: usize = 12;
 
@@ -100,6 +102,10 @@ impl Built {
         machine.plug(VSOCK_SLOT, Box::new(vsock))?;
         machine.plug(RNG_SLOT, Box::new(RngDevice::new(events.handle())))?;
         machine.plug(ROOTFS_SLOT, Box::new(root))?;
+        // A loop of its own, which ends with the device: to give pages back takes the host a while, for which no packet
+        // shall wait. The guest reports what is free by itself; nobody asks it for more.
+        let (balloon, _) = BalloonDevice::new(EventLoop::spawn_confined("balloon")?.handle());
+        machine.plug(BALLOON_SLOT, Box::new(balloon))?;
         for (slot, disk) in disk_slots(disks.len()).zip(disks) {
             machine.plug(slot, Box::new(BlockDevice::new(disk.device, disk.read_only)?))?;
         }

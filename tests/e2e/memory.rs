@@ -1,0 +1,69 @@
+//! What a container's memory costs the host.
+
+use anyhow::{Context, Result, ensure};
+
+use serde_json::Value;
+
+use crate::Story;
+use crate::bundle::Bundle;
+use crate::command::{docker, docker_start, eventually, rvm, shell};
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("what_is_freed_goes_back_to_the_host", what_is_freed_goes_back_to_the_host),
+    ("stats_tell_what_containers_cost", stats_tell_what_containers_cost),
+];
+
+const MIB: u64 = 1 << 20;
+
+/// The memory that the container's monitor, and with it the guest, has of the host, in bytes.
+fn memory_of(container: &str) -> Result<u64> {
+    share_of(&docker(&["inspect", "-f", "{{.State.Pid}}", container])?.expect_code(0)?.text())
+}
+
+fn share_of(process: &str) -> Result<u64> {
+    let rollup = shell(&format!("cat /proc/{process}/smaps_rollup"))?.expect_code(0)?.text();
+    let line =
+        rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("smaps_rollup has no Pss")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib << 10)
+}
+
+fn what_is_freed_goes_back_to_the_host() -> Result<()> {
+    let id = docker_start(&["-m", "1200m", "--shm-size", "1100m", "busybox", "sleep", "1000"])?;
+    let exec = |words: &[&str]| docker(&[&["exec", &id][..], words].concat())?.expect_code(0);
+    let before = memory_of(&id)?;
+    exec(&["dd", "if=/dev/zero", "of=/dev/shm/full", "bs=1M", "count=1024"])?;
+    let full = memory_of(&id)?;
+    ensure!(full > before + 1000 * MIB, "{before} bytes before, {full} with a GiB more in use");
+    exec(&["rm", "/dev/shm/full"])?;
+    let most = before + 1024 * MIB / 20;
+    eventually("95 % of the GiB went back", || Ok(memory_of(&id)? < most))?;
+    docker(&["rm", "-f", &id])?.expect_code(0).map(drop)
+}
+
+fn stats_tell_what_containers_cost() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    for name in ["story-one", "story-two"] {
+        let start = format!("rvm run --detach --bundle {} {name} </dev/null >/dev/null 2>&1", bundle.path());
+        shell(&start)?.expect_code(0)?;
+    }
+    let shown = rvm(&["stats", "--format", "json"])?.expect_code(0)?.text();
+    let rows: Vec<Value> = serde_json::from_str(&shown)?;
+    ensure!(rows.len() == 2, "two containers run: {shown}");
+    for row in &rows {
+        let bytes = |name: &str| row[name].as_u64().with_context(|| format!("no {name} in {row}"));
+        let parts = bytes("monitor")? + bytes("guestPrivate")? + bytes("guestShared")? + bytes("helpers")?;
+        ensure!(bytes("total")? == parts, "the parts are not the whole: {row}");
+        ensure!(bytes("monitor")? < 16 * MIB, "the guest's memory is not the monitor's: {row}");
+        // What the kernel itself adds up.
+        let whole = share_of(&bytes("pid")?.to_string())?;
+        let (least, most) = (whole * 9 / 10, whole * 11 / 10);
+        ensure!((least..most).contains(&(parts - bytes("helpers")?)), "{row}, and the kernel says {whole}");
+    }
+    let table = rvm(&["stats", "story-one"])?.expect_code(0)?.text();
+    ensure!(table.contains("story-one") && !table.contains("story-two"), "{table}");
+    ["story-one", "story-two"]
+        .iter()
+        .try_for_each(|name| rvm(&["delete", "--force", name])?.expect_code(0).map(drop))?;
+    rvm(&["stats", "story-one"])?.expect_failure(&["story-one"]).map(drop)
+}
