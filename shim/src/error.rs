@@ -1,6 +1,7 @@
 //! How failures are worded, and with which exit status a command ends.
 
 use crate::cause::Cause;
+use crate::compare::CompareError;
 use crate::container::create::CreateError;
 use crate::container::launch::LaunchError;
 use crate::container::start::StartError;
@@ -45,6 +46,9 @@ pub enum Error {
     /// The conversation with the container's monitor.
     #[error(transparent)]
     Control(#[from] control::ControlError),
+    /// The comparison of runtimes.
+    #[error(transparent)]
+    Compare(#[from] CompareError),
     /// A process that `exec` started.
     #[error("{0}")]
     Exec(String),

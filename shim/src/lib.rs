@@ -8,6 +8,7 @@ pub mod cause;
 pub mod cgroup;
 pub mod check;
 pub mod commands;
+pub mod compare;
 pub mod console;
 pub mod container;
 pub mod control;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// Width of the longest bar in characters.
 const BAR_WIDTH: u64 = 40;
@@ -100,6 +101,19 @@ impl Timeline {
         Some(Duration::from_nanos(mark.at - first))
     }
 
+    /// The same as JSON in one line: a phase's name and title, and when it was reached, in milliseconds.
+    pub fn to_json(&self) -> serde_json::Value {
+        let first = self.marks.first().map_or(0, |mark| mark.at);
+        let reached = self.marks.iter().map(|mark| {
+            json!({
+                "phase": mark.phase,
+                "title": mark.phase.title(),
+                "milliseconds": milliseconds(mark.at - first),
+            })
+        });
+        reached.collect()
+    }
+
     /// A table with a line a phase: when it was reached, how long it took since the one before, and a bar.
     pub fn to_table(&self) -> String {
         let Some(first) = self.marks.first() else { return String::new() };
@@ -150,6 +164,16 @@ mod tests {
         assert!(lines[2].starts_with("monitor up               2.00       2.00  ████████"), "{table}");
         assert!(lines[3].starts_with("kernel entered          12.00      10.00"), "{table}");
         assert_eq!(lines[3].matches('█').count() as u64, BAR_WIDTH);
+    }
+
+    #[test]
+    fn programs_get_json() {
+        let json = sample().to_json();
+        assert_eq!(
+            json[2],
+            json!({ "phase": "kernel-entry", "title": "kernel entered", "milliseconds": 12.0 })
+        );
+        assert_eq!(Timeline::default().to_json(), json!([]));
     }
 
     #[test]

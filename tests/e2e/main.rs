@@ -9,6 +9,7 @@ mod bad_input;
 mod beside_runc;
 mod bundle;
 mod command;
+mod compare;
 mod daemon;
 mod daemons;
 mod engines;
@@ -58,6 +59,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("exit_codes", exit_codes::STORIES),
     ("limits", limits::STORIES),
     ("memory", memory::STORIES),
+    ("compare", compare::STORIES),
     ("execs", execs::STORIES),
     ("streams", streams::STORIES),
     ("specification", specification::STORIES),

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use oci_spec::runtime::Spec;
 use serde_json::json;
 
+use super::inspect::Format;
 use super::lifecycle::CreateArguments;
 use super::run::{Foreground, RunArguments};
 use super::{Context, strings};
@@ -36,8 +37,8 @@ pub(super) struct DoArguments {
     #[arg(long, value_name = "DIR", default_value = "/")]
     rootfs: PathBuf,
     /// Show afterwards when each phase of the start was reached
-    #[arg(long)]
-    timeline: bool,
+    #[arg(long, value_name = "FORMAT", value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    timeline: Option<Format>,
     /// Memory for the command, such as 512m or 2g
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,

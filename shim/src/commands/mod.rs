@@ -1,6 +1,7 @@
 //! The command line: what runc has, as engines call it, and what is rvm's own.
 
 mod check;
+mod compare;
 mod exec;
 mod inspect;
 mod lifecycle;
@@ -39,6 +40,7 @@ Examples:
   rvm do --rootfs ./debian -- sh           the same over another directory
   rvm spec && rvm run demo                 write a config.json, and run the bundle in this directory
   rvm list; rvm exec demo sh; rvm delete --force demo
+  rvm compare --report compared.html       how much slower is a microVM than a container, here?
 
 With an engine:
   dockerd --add-runtime rvm=/usr/local/bin/rvm     then: docker run --runtime=rvm ...
@@ -116,6 +118,8 @@ enum Command {
     Spec(inspect::SpecArguments),
     /// Check whether this host can run microVMs
     Check(check::CheckArguments),
+    /// Compare runtimes on this machine: start, exec, memory, isolation
+    Compare(compare::CompareArguments),
     /// Run a command in a microVM over a directory, and throw its writes away
     Do(local::DoArguments),
 }
@@ -193,6 +197,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode, Error> {
         Command::Features => inspect::features(),
         Command::Spec(arguments) => inspect::spec(&arguments),
         Command::Check(arguments) => return check::check(context, &arguments),
+        Command::Compare(arguments) => compare::compare(context, arguments),
         Command::Do(arguments) => return local::run(context, arguments),
     }
     .map(|()| ExitCode::SUCCESS)

@@ -14,6 +14,7 @@ use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Context;
+use super::inspect::Format;
 use super::lifecycle::{CreateArguments, create_from};
 use crate::bundle::Bundle;
 use crate::console::{self, RawMode};
@@ -42,8 +43,8 @@ pub(super) struct RunArguments {
     #[arg(long, hide = true)]
     pub no_subreaper: bool,
     /// Show afterwards when each phase of the start was reached
-    #[arg(long)]
-    pub timeline: bool,
+    #[arg(long, value_name = "FORMAT", value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub timeline: Option<Format>,
 }
 
 pub(super) fn run(context: &Context, arguments: RunArguments) -> Result<ExitCode, Error> {
@@ -159,8 +160,10 @@ impl Foreground<'_> {
                 self.context.log.warning(format!("the container has ended, but cannot be deleted: {error}"));
             }
         }
-        if let Some(timeline) = timeline.filter(|_| self.arguments.timeline) {
-            eprint!("{}", timeline.to_table());
+        match (timeline, self.arguments.timeline) {
+            (Some(timeline), Some(Format::Table)) => eprint!("{}", timeline.to_table()),
+            (Some(timeline), Some(Format::Json)) => eprintln!("{}", timeline.to_json()),
+            (_, _) => (),
         }
         if let Some(words) = failure {
             self.context.log.error(&words);
