@@ -11,6 +11,7 @@ mod cpuid;
 pub mod event_loop;
 pub mod host;
 mod i8042;
+mod image;
 mod layout;
 pub mod machine;
 mod memory;
