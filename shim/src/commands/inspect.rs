@@ -137,13 +137,13 @@ fn guest_processes(container: &Container) -> Result<String, Error> {
     Ok(text(&table))
 }
 
-fn new_table(header: &[&str]) -> Table {
+pub(super) fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     table
 }
 
-fn text(table: &Table) -> String {
+pub(super) fn text(table: &Table) -> String {
     let lines = table.lines().map(|line| format!("{}\n", line.trim()));
     lines.collect()
 }

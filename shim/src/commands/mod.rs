@@ -8,6 +8,7 @@ mod local;
 mod process;
 mod run;
 mod stub;
+mod template;
 mod update;
 mod usage;
 
@@ -23,6 +24,7 @@ use crate::logging::{Log, LogFormat};
 use crate::monitor;
 use crate::network::follow;
 use crate::spec::OCI_VERSION;
+use crate::template::builder;
 use crate::timeline::Timeline;
 
 /// What follows the program's name, in the form that engines parse.
@@ -113,6 +115,9 @@ enum Command {
     Spec(inspect::SpecArguments),
     /// Check whether this host can run microVMs
     Check(check::CheckArguments),
+    /// Make, list or remove templates: captured machines from which containers begin
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
     /// Run a command in a microVM over a directory, and throw its writes away
     Do(local::DoArguments),
 }
@@ -134,6 +139,7 @@ pub fn main() -> ExitCode {
         Some(first) if first == monitor::handshake::SUBCOMMAND => return stay(monitor::run()),
         Some(first) if first == stub::SUBCOMMAND => return stay(stub::run()),
         Some(first) if first == follow::SUBCOMMAND => return stay(follow::run()),
+        Some(first) if first == builder::SUBCOMMAND => return stay(builder::run()),
         _ => {}
     }
     let words: Vec<OsString> = std::env::args_os().collect();
@@ -188,6 +194,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode, Error> {
         Command::Update(arguments) => update::update(context, &arguments),
         Command::Features => inspect::features(),
         Command::Spec(arguments) => inspect::spec(&arguments),
+        Command::Template(command) => template::run(context, command),
         Command::Check(arguments) => return check::check(context, &arguments),
         Command::Do(arguments) => return local::run(context, arguments),
     }

@@ -25,6 +25,9 @@ pub enum AgentFailure {
     /// The agent is not of this version of rvm.
     #[error("the guest's agent speaks version {0} of the protocol, and this rvm version {VERSION}")]
     Version(u32),
+    /// The host has no random bytes for it.
+    #[error("the host has no random bytes for the guest")]
+    NoEntropy,
     /// The first message was not the one it has to be.
     #[error("the guest's agent did not say first that it is ready")]
     NotReady,
@@ -43,9 +46,16 @@ pub struct Agent {
     outgoing: Vec<u8>,
     requests: u64,
     ready: bool,
+    /// How far the guest's clock is behind, if it goes on from a template and is still to be told.
+    shift: Option<i64>,
 }
 
 impl Agent {
+    /// The agent of a guest that goes on from a template, where its clock has fallen so far behind.
+    pub fn of_template(shift: Option<i64>) -> Agent {
+        Agent { shift, ..Agent::default() }
+    }
+
     /// Whether the guest has connected.
     pub fn is_connected(&self) -> bool {
         self.stream.is_some()
@@ -111,11 +121,24 @@ impl Agent {
             FromAgent::Ready { version, .. } if *version != VERSION => Err(AgentFailure::Version(*version)),
             FromAgent::Ready { .. } => {
                 self.ready = true;
-                Ok(())
+                self.shift.take().map_or(Ok(()), |shift| self.awaken(shift))
             }
             _ if self.ready => Ok(()),
             _ => Err(AgentFailure::NotReady),
         }
+    }
+}
+
+impl Agent {
+    /// Before all that waits to be sent, has the guest become one of its own.
+    fn awaken(&mut self, clock_shift: i64) -> Result<(), AgentFailure> {
+        let mut entropy = [[0; 32]; 2];
+        getrandom::fill(entropy.as_flattened_mut()).map_err(|_| AgentFailure::NoEntropy)?;
+        // No other request has this number, and nobody waits for the reply.
+        let request = ToAgent { request: 0, body: Request::Awaken { entropy, clock_shift } };
+        let waiting = std::mem::replace(&mut self.outgoing, frame::encode(&request)?);
+        self.outgoing.extend(waiting);
+        Ok(())
     }
 }
 
@@ -164,6 +187,23 @@ mod tests {
         agent.flush().unwrap();
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
+    }
+
+    #[test]
+    fn a_guest_from_a_template_is_awakened_before_all_else() {
+        let mut agent = Agent::of_template(Some(-5));
+        let number = agent.request(Request::List).unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        agent.connect(ours).unwrap();
+        write_frame(&mut guest, &ready()).unwrap();
+        agent.receive().unwrap();
+        let first: ToAgent = read_frame(&mut guest).unwrap();
+        let Request::Awaken { entropy: [one, other], clock_shift: -5 } = first.body else {
+            panic!("{first:?}")
+        };
+        assert_ne!(one, other);
+        let second: ToAgent = read_frame(&mut guest).unwrap();
+        assert_eq!(second, ToAgent { request: number, body: Request::List });
     }
 
     #[test]
