@@ -16,6 +16,7 @@ mod layout;
 pub mod machine;
 mod memory;
 mod serial;
+mod touched;
 mod vcpu;
 pub mod virtio;
 

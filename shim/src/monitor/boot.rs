@@ -73,7 +73,7 @@ pub fn restore(shape: Shape, template: &Template, timeline: &mut Timeline) -> Re
     if (state.vcpus(), state.memory()) != (shape.vcpus, shape.memory) || state.devices() != DEVICES {
         return Err(TemplateError::Damaged("it is of another machine"));
     }
-    let machine = Machine::restore(state, &template.memory)?;
+    let machine = Machine::restore(state, &template.memory, &template.record.soon)?;
     let reached = machine.timeline();
     timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
     timeline.mark_at(Phase::TemplateReady, reached.kernel_loaded);

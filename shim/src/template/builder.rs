@@ -12,12 +12,12 @@ use rvm_protocol::FromAgent;
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
-use super::{Key, Record, Store, Template, TemplateError};
+use super::{Key, Record, Store, TemplateError, trial};
 use crate::container::shape::Shape;
 use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
-use crate::monitor::agent::Agent;
+use crate::monitor::agent::{Agent, AgentFailure};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec;
 use crate::timeline::Timeline;
@@ -56,33 +56,40 @@ pub fn make(
     drop(booting);
 
     let found = unfinished.memory.metadata().map_err(TemplateError::system("cannot look at its memory"))?;
-    unfinished.write(&Record::new(&state, &found))?;
-    try_out(unfinished.open()?, shape, &root)?;
-    fs::remove_dir(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
+    let mut record = Record::new(&state, &found);
+    unfinished.write(&record)?;
+    record.soon = trial::run(unfinished.open()?, shape, &root)?;
+    unfinished.write(&record)?;
+    fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
     Ok(key)
 }
 
-/// A template from which no guest comes up would cost every container its start.
-fn try_out(template: Template, shape: Shape, root: &Path) -> Result<(), TemplateError> {
-    let machine = boot::restore(shape, &template, &mut Timeline::default())?;
-    come_up(Built::restored(machine, template)?, root).map(drop)
-}
-
 /// Starts a machine, and waits until its agent says that it is ready.
-fn come_up(built: Built, root: &Path) -> Result<(Booting, Agent), TemplateError> {
+pub(super) fn come_up(built: Built, root: &Path) -> Result<(Booting, Agent), TemplateError> {
     let booting = built.start(root, &mut Timeline::default())?;
     let mut agent = Agent::of_template(booting.machine.clock_shift());
+    await_message(&booting, &mut agent, |message| matches!(message, FromAgent::Ready { .. }).then_some(()))?;
+    Ok((booting, agent))
+}
+
+/// Waits for the message that is looked for.
+pub(super) fn await_message<T>(
+    booting: &Booting,
+    agent: &mut Agent,
+    look: impl Fn(FromAgent) -> Option<T>,
+) -> Result<T, TemplateError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(stream) = booting.control.accept().filter(|_| !agent.is_connected()) {
             agent.connect(stream).map_err(TemplateError::system("cannot talk to the guest"))?;
         }
-        let messages = agent.receive().map_err(|error| TemplateError::Guest(error.to_string()))?;
-        if messages.iter().any(|message| matches!(message, FromAgent::Ready { .. })) {
-            return Ok((booting, agent));
+        let failed = |error: AgentFailure| TemplateError::Guest(error.to_string());
+        let messages = agent.flush().and_then(|()| agent.receive()).map_err(failed)?;
+        if let Some(found) = messages.into_iter().find_map(&look) {
+            return Ok(found);
         }
-        wait(&booting, &agent, deadline)?;
+        wait(booting, agent, deadline)?;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
 
-use rvm_vmm::machine::MachineState;
+use rvm_vmm::machine::{MachineState, Touched};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -27,18 +27,20 @@ pub struct Record {
     memory: FileIdentity,
     /// The machine's state.
     machine: Vec<u8>,
+    /// What a guest touches of its memory until its container runs.
+    pub soon: Touched,
 }
 
 impl Record {
     /// A machine whose memory is in this file.
     pub fn new(machine: &MachineState, memory: &Metadata) -> Record {
-        Record { machine: machine.to_bytes(), memory: FileIdentity::of(memory) }
+        Record { machine: machine.to_bytes(), memory: FileIdentity::of(memory), soon: Touched::default() }
     }
 
     /// One without a machine.
     #[cfg(test)]
     pub fn for_test(memory: &Metadata) -> Record {
-        Record { machine: vec![1; 100], memory: FileIdentity::of(memory) }
+        Record { machine: vec![1; 100], memory: FileIdentity::of(memory), soon: Touched::default() }
     }
 
     /// The machine's state.

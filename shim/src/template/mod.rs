@@ -9,6 +9,7 @@ pub mod builder;
 mod file;
 mod key;
 mod store;
+mod trial;
 
 use std::io;
 use std::path::PathBuf;

@@ -239,7 +239,10 @@ impl Unfinished {
         let write = || -> io::Result<()> {
             // A host that loses its power must not find a state without its memory.
             self.memory.sync_all()?;
-            let mut file = new_file(&self.path.join(STATE))?;
+            let path = self.path.join(STATE);
+            // There is an earlier one when more is known by now.
+            let _ = fs::remove_file(&path);
+            let mut file = new_file(&path)?;
             file.write_all(&record.to_bytes())?;
             file.sync_all()
         };

@@ -5,6 +5,7 @@
 //! timer is late. How far its clock is behind by then, [`Machine::clock_shift`] tells.
 
 use std::fs::File;
+use std::io;
 use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -20,6 +21,7 @@ use super::{ExitReason, Machine, MachineError, PATIENCE, Processors, SlotError};
 use crate::host::HostError;
 use crate::image::{self, ImageError};
 use crate::serial::Registers;
+use crate::touched::Touched;
 use crate::vcpu::control::Phase;
 use crate::vcpu::{Vcpu, VcpuError, VcpuState};
 use crate::virtio::mmio::state::TransportState;
@@ -217,9 +219,24 @@ impl Machine {
 
     /// Makes a machine that goes on from a capture once it is [started](Self::start). Each slot that had a device is
     /// to get one of the same kind first.
-    pub fn restore(state: MachineState, file: &File) -> Result<Machine, RestoreError> {
+    ///
+    /// What it is known to touch soon, it has from the start.
+    pub fn restore(state: MachineState, file: &File, soon: &Touched) -> Result<Machine, RestoreError> {
         let (kvm, _) = host::open_kvm_for_kernels().map_err(MachineError::from)?;
-        Machine::restore_on(&kvm, state, file)
+        let machine = Machine::restore_on(&kvm, state, file)?;
+        soon.provide(&machine.memory);
+        if let Processors::Waiting(vcpus) = &*machine.processors()
+            && let Some(first) = vcpus.first()
+        {
+            soon.map(&machine.memory, first.fd());
+        }
+        machine.lock_timeline().kernel_is_loaded();
+        Ok(machine)
+    }
+
+    /// What the guest of a restored machine has touched of its memory so far.
+    pub fn touched(&self) -> io::Result<Touched> {
+        Touched::of(&self.memory)
     }
 
     pub(crate) fn restore_on(kvm: &Kvm, state: MachineState, file: &File) -> Result<Machine, RestoreError> {
@@ -235,7 +252,6 @@ impl Machine {
         let (vcpus, slots) = (state.vcpus.len() as u8, state.slots.len() as u8);
         let machine = Machine::over(kvm, vcpus, memory, slots, Some(&state.serial))?;
         machine.take_over(state)?;
-        machine.lock_timeline().kernel_is_loaded();
         Ok(machine)
     }
 

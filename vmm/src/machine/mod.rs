@@ -29,6 +29,7 @@ pub use crate::layout::MAX_SLOTS;
 use crate::memory;
 pub use crate::memory::MemoryError;
 use crate::serial::{Registers, SerialPort};
+pub use crate::touched::Touched;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
 use crate::vcpu::control::{Control, Phase, install_kick_handler};

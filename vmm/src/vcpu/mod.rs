@@ -84,8 +84,7 @@ impl Vcpu {
         registers::set_general(&self.fd, entry).map_err(refused("the general registers"))
     }
 
-    /// The registers, for tests that bring a few instructions of their own.
-    #[cfg(test)]
+    /// What KVM knows it by.
     pub(crate) fn fd(&self) -> &VcpuFd {
         &self.fd
     }
