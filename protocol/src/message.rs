@@ -72,7 +72,12 @@ pub enum Request {
         /// How many nanoseconds the guest's clock has to be put forward.
         clock_shift: i64,
     },
-    /// Set the guest's clock, in nanoseconds since the epoch; sent after a pause.
+    /// Put the guest's clock forward, or back.
+    ShiftClock {
+        /// By how much.
+        nanoseconds: i64,
+    },
+    /// Set the guest's clock, in nanoseconds since the epoch; sent to a guest that has booted, and after a pause.
     SetClock {
         /// The host's `CLOCK_REALTIME`.
         realtime_nanoseconds: u64,

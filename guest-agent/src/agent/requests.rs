@@ -39,6 +39,7 @@ impl Agent {
             Request::Update { resources } => self.update(&resources),
             Request::Network(config) => self.configure_network(&config).map(|()| Reply::Done),
             Request::Awaken { entropy, clock_shift } => awaken(&entropy, clock_shift),
+            Request::ShiftClock { nanoseconds } => shift_clock(nanoseconds),
             Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
         };
         self.reply(request, result);
@@ -137,7 +138,11 @@ impl Agent {
 /// Makes this guest differ from those that go on from the same state.
 fn awaken(entropy: &[[u8; 32]; 2], clock_shift: i64) -> Result<Reply> {
     waking::add_entropy(entropy.as_flattened()).context(|| "seeding the random generator")?;
-    waking::shift_clock(clock_shift).context(|| "setting the clock")?;
+    shift_clock(clock_shift)
+}
+
+fn shift_clock(nanoseconds: i64) -> Result<Reply> {
+    waking::shift_clock(nanoseconds).context(|| "setting the clock")?;
     Ok(Reply::Done)
 }
 

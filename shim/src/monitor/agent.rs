@@ -5,6 +5,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::poll::PollFlags;
 use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available};
@@ -46,7 +47,7 @@ pub struct Agent {
     outgoing: Vec<u8>,
     requests: u64,
     ready: bool,
-    /// How far the guest's clock is behind, if it goes on from a template and is still to be told.
+    /// How far the guest's clock is behind, if it goes on from a template.
     shift: Option<i64>,
 }
 
@@ -121,7 +122,7 @@ impl Agent {
             FromAgent::Ready { version, .. } if *version != VERSION => Err(AgentFailure::Version(*version)),
             FromAgent::Ready { .. } => {
                 self.ready = true;
-                self.shift.take().map_or(Ok(()), |shift| self.awaken(shift))
+                self.greet()
             }
             _ if self.ready => Ok(()),
             _ => Err(AgentFailure::NotReady),
@@ -130,16 +131,30 @@ impl Agent {
 }
 
 impl Agent {
-    /// Before all that waits to be sent, has the guest become one of its own.
-    fn awaken(&mut self, clock_shift: i64) -> Result<(), AgentFailure> {
-        let mut entropy = [[0; 32]; 2];
-        getrandom::fill(entropy.as_flattened_mut()).map_err(|_| AgentFailure::NoEntropy)?;
+    /// Before all that waits to be sent, has the guest put its clock right, which has lost time while its kernel came up,
+    /// or stood still in a template. One that goes on from a template becomes one of its own, too.
+    fn greet(&mut self) -> Result<(), AgentFailure> {
+        let body = match self.shift {
+            None => Request::SetClock { realtime_nanoseconds: realtime() },
+            Some(clock_shift) => Request::Awaken { entropy: entropy()?, clock_shift },
+        };
         // No other request has this number, and nobody waits for the reply.
-        let request = ToAgent { request: 0, body: Request::Awaken { entropy, clock_shift } };
-        let waiting = std::mem::replace(&mut self.outgoing, frame::encode(&request)?);
+        let waiting = std::mem::replace(&mut self.outgoing, frame::encode(&ToAgent { request: 0, body })?);
         self.outgoing.extend(waiting);
         Ok(())
     }
+}
+
+/// Random bytes that nobody else gets.
+fn entropy() -> Result<[[u8; 32]; 2], AgentFailure> {
+    let mut entropy = [[0; 32]; 2];
+    getrandom::fill(entropy.as_flattened_mut()).map_err(|_| AgentFailure::NoEntropy)?;
+    Ok(entropy)
+}
+
+/// The host's clock, in nanoseconds since the epoch; a u64 of them lasts for centuries.
+pub fn realtime() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 
 #[cfg(test)]
@@ -172,6 +187,8 @@ mod tests {
 
         write_frame(&mut guest, &ready()).unwrap();
         assert_eq!(agent.receive().unwrap(), [ready()]);
+        let greeting: ToAgent = read_frame(&mut guest).unwrap();
+        assert!(matches!(greeting.body, Request::SetClock { .. }), "{greeting:?}");
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
     }
@@ -181,6 +198,7 @@ mod tests {
         let (mut agent, mut guest) = connected();
         write_frame(&mut guest, &ready()).unwrap();
         agent.receive().unwrap();
+        let _greeting: ToAgent = read_frame(&mut guest).unwrap();
         let resources = " ".repeat(rvm_protocol::MAX_FRAME);
         assert!(agent.request(Request::Update { resources }).is_err());
         let number = agent.request(Request::List).unwrap();

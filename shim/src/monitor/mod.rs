@@ -197,7 +197,7 @@ fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Optio
     store.find(key).unwrap_or_else(|error| {
         // Removing may fail, too. The machine boots all the same.
         let _ = store.remove(key);
-        log.warning(format!("the template {key} is dropped, and the machine boots: {error}"));
+        log.warning_now(&format!("the template {key} is dropped, and the machine boots: {error}"));
         None
     })
 }
@@ -208,7 +208,7 @@ fn restore(setup: &mut Setup, template: Template, log: &Log) -> Option<(Machine,
         Ok(machine) => Some((machine, template)),
         Err(error) => {
             template.discard();
-            log.warning(format!("the machine's template is dropped, and the machine boots: {error}"));
+            log.warning_now(&format!("the machine's template is dropped, and the machine boots: {error}"));
             None
         }
     }

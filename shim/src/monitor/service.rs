@@ -392,7 +392,7 @@ impl Service {
     pub(super) fn fail(&mut self, words: String) {
         if let Some(template) = self.template.take() {
             template.discard();
-            self.log.warning("the machine's template is dropped: its guest did not come up");
+            self.log.warning_now("the machine's template is dropped: its guest did not come up");
         }
         self.outcome.get_or_insert(Outcome::Failed(words));
     }

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::FromAgent;
+use rvm_protocol::{FromAgent, Request};
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
@@ -17,7 +17,7 @@ use crate::container::shape::Shape;
 use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
-use crate::monitor::agent::{Agent, AgentFailure};
+use crate::monitor::agent::{Agent, AgentFailure, realtime};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec;
 use crate::timeline::Timeline;
@@ -29,6 +29,8 @@ pub const SUBCOMMAND: &str = "make-template";
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a guest that is up is left alone, so that it is idle when it is captured.
 const REST: Duration = Duration::from_millis(300);
+/// How often its clock is set, to find out how short a time that can take.
+const CLOCK_ATTEMPTS: u32 = 32;
 
 /// Makes the template for a shape, unless there is one by now.
 pub fn make(
@@ -50,7 +52,8 @@ pub fn make(
     let built =
         boot::build(shape, installation.kernel, installation.agent, Vec::new(), &mut Timeline::default())?;
     // As long as there is a connection, the agent waits.
-    let (booting, _agent) = come_up(built, &root)?;
+    let (booting, mut agent) = come_up(built, &root)?;
+    set_clock(&booting, &mut agent)?;
     thread::sleep(REST);
     let state = booting.machine.capture(&unfinished.memory)?;
     drop(booting);
@@ -63,6 +66,35 @@ pub fn make(
     fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
     Ok(key)
+}
+
+/// Sets the guest's clock as well as that can be done, since what it is wrong by it is in all clones: by a request that
+/// took as short a time as any, of which half is for the way there.
+fn set_clock(booting: &Booting, agent: &mut Agent) -> Result<(), TemplateError> {
+    let mut shortest = Duration::MAX;
+    for attempt in 0..CLOCK_ATTEMPTS {
+        let sent = Instant::now();
+        ask(booting, agent, Request::SetClock { realtime_nanoseconds: realtime() })?;
+        let took = sent.elapsed();
+        if took <= shortest && attempt >= CLOCK_ATTEMPTS / 2 {
+            // Less than the patience of a request, in nanoseconds.
+            let half = took.as_nanos() as i64 / 2;
+            ask(booting, agent, Request::ShiftClock { nanoseconds: half })?;
+            break;
+        }
+        shortest = shortest.min(took);
+    }
+    Ok(())
+}
+
+/// Asks the agent for something, and waits for the answer.
+pub(super) fn ask(booting: &Booting, agent: &mut Agent, request: Request) -> Result<(), TemplateError> {
+    let number = agent.request(request).map_err(|error| TemplateError::Guest(error.to_string()))?;
+    let answer = await_message(booting, agent, |message| match message {
+        FromAgent::Reply { request, result } if request == number => Some(result),
+        _ => None,
+    })?;
+    answer.map(drop).map_err(|error| TemplateError::Guest(error.to_string()))
 }
 
 /// Starts a machine, and waits until its agent says that it is ready.
@@ -162,7 +194,7 @@ impl WarmUp {
 fn spawn(assignment: &Assignment, descriptors: &[BorrowedFd<'_>]) -> Result<(), TemplateError> {
     // The standard streams are the engine's, which waits until they are closed.
     let null = File::options().read(true).write(true).open("/dev/null");
-    let started = null.and_then(|null| reexec::spawn("rvm: template", SUBCOMMAND, Some(null.as_fd())));
+    let started = null.and_then(|null| reexec::spawn("rvm template", SUBCOMMAND, Some(null.as_fd())));
     let (_child, socket) =
         started.map_err(TemplateError::system("cannot start the process that makes a template"))?;
     send(&socket, assignment, descriptors).map_err(|error| {

@@ -8,10 +8,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rvm_protocol::{FromAgent, NetworkConfig, Request, StandardStreams, StartContainer};
+use rvm_protocol::{NetworkConfig, Request, StandardStreams, StartContainer};
 use rvm_vmm::machine::Touched;
 
-use super::builder::{await_message, come_up};
+use super::builder::{ask, come_up};
 use super::{Template, TemplateError};
 use crate::bundle::{Bundle, BundleError};
 use crate::container::shape::Shape;
@@ -35,14 +35,7 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
     let start = container(root).map_err(|error| TemplateError::Guest(error.to_string()))?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
-    let number = agent
-        .request(Request::Start(Box::new(start)))
-        .map_err(|error| TemplateError::Guest(error.to_string()))?;
-    let started = await_message(&booting, &mut agent, |message| match message {
-        FromAgent::Reply { request, result } if request == number => Some(result),
-        _ => None,
-    })?;
-    started.map_err(|error| TemplateError::Guest(error.to_string()))?;
+    ask(&booting, &mut agent, Request::Start(Box::new(start)))?;
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())
 }
