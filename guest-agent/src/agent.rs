@@ -1,6 +1,7 @@
 //! The agent's loop and its state: the container, its processes, their streams.
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::Path;
@@ -73,13 +74,7 @@ impl Agent {
     /// Connects to the host and tells it that the guest is up.
     pub fn new(host: Box<dyn Host>, settings: Settings) -> Result<Self> {
         let poller = Poller::new().context(|| "making the event loop")?;
-        let connection = host.connect(CONTROL_PORT).context(
-            || "connecting to the host (has the machine a vsock device, and the kernel its driver?)",
-        )?;
-        let mut control = Control::new(connection, &poller).context(|| "waiting for the host")?;
-        let kernel = nix::sys::utsname::uname().context(|| "asking for the kernel's release")?;
-        let kernel = kernel.release().to_string_lossy().into_owned();
-        control.send(&FromAgent::Ready { version: VERSION, kernel });
+        let control = connect(host.as_ref(), &poller)?;
         let signals = watch_children(&poller).context(|| "waiting for children")?;
         Ok(Self {
             host,
@@ -101,6 +96,19 @@ impl Agent {
 
     /// Serves until the control connection ends.
     pub fn run(&mut self) -> std::result::Result<(), ControlError> {
+        loop {
+            match self.serve() {
+                // A guest whose state was captured finds, where it goes on, that its connection is gone.
+                Err(error) if !self.started && self.control.was_reset(&error) => {
+                    self.control = connect(self.host.as_ref(), &self.poller).map_err(|_| error)?;
+                }
+                Err(error) => return Err(error),
+                Ok(never) => match never {},
+            }
+        }
+    }
+
+    fn serve(&mut self) -> std::result::Result<Infallible, ControlError> {
         loop {
             for (target, ready) in self.poller.wait(self.time_left())? {
                 match target {
@@ -275,6 +283,18 @@ impl MemoryEvents {
 
 fn parse_kills(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+}
+
+/// Connects to the host, and tells it that the guest is up.
+fn connect(host: &dyn Host, poller: &Poller) -> Result<Control> {
+    let connection = host
+        .connect(CONTROL_PORT)
+        .context(|| "connecting to the host (has the machine a vsock device, and the kernel its driver?)")?;
+    let mut control = Control::new(connection, poller).context(|| "waiting for the host")?;
+    let kernel = nix::sys::utsname::uname().context(|| "asking for the kernel's release")?;
+    let kernel = kernel.release().to_string_lossy().into_owned();
+    control.send(&FromAgent::Ready { version: VERSION, kernel });
+    Ok(control)
 }
 
 fn watch_children(poller: &Poller) -> nix::Result<SignalFd> {

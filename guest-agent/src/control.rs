@@ -49,6 +49,11 @@ impl Control {
         })
     }
 
+    /// Whether an error means that the connection, which was there, is not any more.
+    pub fn was_reset(&self, error: &ControlError) -> bool {
+        self.connected && matches!(error, ControlError::Io(Errno::ECONNRESET | Errno::ENOTCONN))
+    }
+
     /// Queues a message; it goes out with [`Control::flush`].
     pub fn send(&mut self, message: &FromAgent) {
         // Nothing but a message over the limit fails to encode, and only answers can grow that large.

@@ -25,7 +25,7 @@ pub use resolver::{Lookup, LookupReader, MAX_DNS_MESSAGE, Transport};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;

@@ -64,7 +64,20 @@ pub enum Request {
     /// Make the network look like this from now on. What the last configuration had and this one has not goes; what
     /// processes of the container have configured themselves stays.
     Network(NetworkConfig),
-    /// Set the guest's clock, in nanoseconds since the epoch; sent after a pause.
+    /// Be a machine of your own: the guest goes on from a state that it shares with other guests. Always the first request
+    /// to such a guest, and never sent to one that has booted.
+    Awaken {
+        /// Random bytes that no other guest gets.
+        entropy: [[u8; 32]; 2],
+        /// How many nanoseconds the guest's clock has to be put forward.
+        clock_shift: i64,
+    },
+    /// Put the guest's clock forward, or back.
+    ShiftClock {
+        /// By how much.
+        nanoseconds: i64,
+    },
+    /// Set the guest's clock, in nanoseconds since the epoch; sent to a guest that has booted, and after a pause.
     SetClock {
         /// The host's `CLOCK_REALTIME`.
         realtime_nanoseconds: u64,

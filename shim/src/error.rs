@@ -6,7 +6,7 @@ use crate::container::create::CreateError;
 use crate::container::launch::LaunchError;
 use crate::container::start::StartError;
 use crate::control::Refusal;
-use crate::{bundle, cgroup, container, control, hooks, logging, network, seccomp};
+use crate::{bundle, cgroup, container, control, hooks, logging, network, seccomp, template};
 
 /// Exit status of a failed command.
 pub const FAILURE: u8 = 1;
@@ -40,6 +40,9 @@ pub enum Error {
     /// The network.
     #[error(transparent)]
     Network(#[from] network::NetworkError),
+    /// A template.
+    #[error(transparent)]
+    Template(#[from] template::TemplateError),
     /// The seccomp profile.
     #[error(transparent)]
     Seccomp(#[from] seccomp::SeccompError),

@@ -28,4 +28,5 @@ pub mod seccomp;
 pub mod signals;
 pub mod spec;
 pub mod stdio;
+pub mod template;
 pub mod timeline;

@@ -24,10 +24,14 @@ pub enum Phase {
     RootfsReady,
     /// The virtual machine exists.
     KvmReady,
+    /// The machine is as its template.
+    TemplateReady,
     /// Kernel and initramfs are in the guest's memory.
     KernelLoaded,
     /// The first vCPU entered the kernel.
     KernelEntry,
+    /// The guest goes on where its template was captured.
+    GuestResumed,
     /// The agent in the guest has answered.
     AgentUp,
     /// `start` has asked for the container's process.
@@ -45,8 +49,10 @@ impl Phase {
             Phase::MonitorUp => "monitor up",
             Phase::RootfsReady => "rootfs mounted",
             Phase::KvmReady => "KVM ready",
+            Phase::TemplateReady => "template mapped",
             Phase::KernelLoaded => "kernel loaded",
             Phase::KernelEntry => "kernel entered",
+            Phase::GuestResumed => "guest resumed",
             Phase::AgentUp => "agent up",
             Phase::StartAsked => "start asked",
             Phase::ContainerExec => "program executed",

@@ -47,6 +47,8 @@ impl Traces {
         for folder in STATE_FOLDERS {
             add_entries("file", folder, &mut traces);
         }
+        // Templates are there to stay.
+        traces.retain(|trace| trace != "file /var/lib/rvm/templates");
         add_sockets(&mut traces)?;
         Ok(Traces(traces))
     }

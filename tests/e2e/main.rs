@@ -25,6 +25,7 @@ mod programs;
 mod specification;
 mod streams;
 mod systemd;
+mod templates;
 mod terminal;
 mod volumes;
 
@@ -52,6 +53,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("volumes", volumes::STORIES),
     ("options", options::STORIES),
     ("accidents", accidents::STORIES),
+    ("templates", templates::STORIES),
     ("programs", programs::STORIES),
     ("lifecycle", lifecycle::STORIES),
     ("bad_input", bad_input::STORIES),

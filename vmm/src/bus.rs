@@ -28,6 +28,11 @@ impl Bus {
         &self.slots
     }
 
+    /// What the guest has set of the serial port.
+    pub(crate) fn serial_registers(&self) -> serial::Registers {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner).registers()
+    }
+
     /// An `in` instruction, or several of them in a row.
     pub(crate) fn read_port(&self, port: u16, data: &mut [u8]) {
         match port {

@@ -89,7 +89,6 @@ pub fn host_support() -> Result<HostSupport, HostError> {
 }
 
 /// Opens /dev/kvm and checks that it can do what the machine needs, whichever way it runs guests.
-#[cfg(test)]
 pub(crate) fn open_kvm() -> Result<Kvm, HostError> {
     open_kvm_at(Path::new(DEVICE))
 }

@@ -11,10 +11,12 @@ mod cpuid;
 pub mod event_loop;
 pub mod host;
 mod i8042;
+mod image;
 mod layout;
 pub mod machine;
 mod memory;
 mod serial;
+mod touched;
 mod vcpu;
 pub mod virtio;
 

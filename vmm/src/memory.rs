@@ -56,6 +56,11 @@ pub(crate) fn create(size: u64) -> Result<GuestMemory, MemoryError> {
     Ok(Arc::new(memory))
 }
 
+/// How much memory there is.
+pub(crate) fn size(memory: &GuestMemory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
 /// Maps memory that starts at a multiple of a huge page, since only then can KVM map huge pages to the guest.
 ///
 /// Kernels place mappings below one another, and before Linux 6.7 not aligned. So what a mapping starts too high is

@@ -15,6 +15,7 @@ use crate::process::Place;
 use crate::resolver::Resolver;
 use crate::stream::Stream;
 use crate::sys::process::{send_signal_to, set_terminal_size};
+use crate::sys::waking;
 
 impl Agent {
     /// Does what a message asks for, and answers, unless the answer follows later.
@@ -37,6 +38,8 @@ impl Agent {
             }
             Request::Update { resources } => self.update(&resources),
             Request::Network(config) => self.configure_network(&config).map(|()| Reply::Done),
+            Request::Awaken { entropy, clock_shift } => awaken(&entropy, clock_shift),
+            Request::ShiftClock { nanoseconds } => shift_clock(nanoseconds),
             Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
         };
         self.reply(request, result);
@@ -130,6 +133,17 @@ impl Agent {
         let process = self.processes.get_mut(&id);
         process.filter(|process| !matches!(process.state, State::Ended(_))).ok_or_else(no_such_process)
     }
+}
+
+/// Makes this guest differ from those that go on from the same state.
+fn awaken(entropy: &[[u8; 32]; 2], clock_shift: i64) -> Result<Reply> {
+    waking::add_entropy(entropy.as_flattened()).context(|| "seeding the random generator")?;
+    shift_clock(clock_shift)
+}
+
+fn shift_clock(nanoseconds: i64) -> Result<Reply> {
+    waking::shift_clock(nanoseconds).context(|| "setting the clock")?;
+    Ok(Reply::Done)
 }
 
 fn set_clock(nanoseconds: u64) -> Result<Reply> {

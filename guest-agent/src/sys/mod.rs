@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod mount;
 pub mod process;
+pub mod waking;
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 

@@ -12,6 +12,8 @@ const PREFIX: &str = "dev.rvm.";
 const RECEIVE_RATE: &str = "dev.rvm.network.receive-rate";
 const SEND_RATE: &str = "dev.rvm.network.send-rate";
 
+const TEMPLATE: &str = "dev.rvm.template";
+
 /// Below this no connection could be had.
 const SLOWEST: u64 = 8_000;
 
@@ -24,21 +26,39 @@ pub struct NetworkRates {
     pub send: Option<NonZeroU64>,
 }
 
-/// Reads the limits, and warns of annotations that only look like rvm's.
-pub(super) fn network_rates(spec: &Spec, warnings: &mut Vec<String>) -> Result<NetworkRates, BundleError> {
-    let mut rates = NetworkRates::default();
+/// All that they say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Annotations {
+    pub(super) network_rates: NetworkRates,
+    /// Whether the container's machine may go on from a template.
+    pub(super) may_use_template: bool,
+}
+
+/// Reads them, and warns of annotations that only look like rvm's.
+pub(super) fn read(spec: &Spec, warnings: &mut Vec<String>) -> Result<Annotations, BundleError> {
+    let (mut rates, mut may_use_template) = (NetworkRates::default(), true);
     let mut annotations: Vec<_> = spec.annotations().iter().flatten().collect();
     annotations.sort();
     for (name, value) in annotations {
         match name.as_str() {
             RECEIVE_RATE => rates.receive = Some(rate(name, value)?),
             SEND_RATE => rates.send = Some(rate(name, value)?),
-            _ if name.starts_with(PREFIX) => warnings
-                .push(format!("annotations.\"{name}\" is ignored: there are {RECEIVE_RATE} and {SEND_RATE}")),
+            TEMPLATE => may_use_template = template(name, value)?,
+            _ if name.starts_with(PREFIX) => warnings.push(format!(
+                "annotations.\"{name}\" is ignored: there are {RECEIVE_RATE}, {SEND_RATE} and {TEMPLATE}"
+            )),
             _ => {}
         }
     }
-    Ok(rates)
+    Ok(Annotations { network_rates: rates, may_use_template })
+}
+
+fn template(name: &str, text: &str) -> Result<bool, BundleError> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(field(format!("annotations.\"{name}\""), format!("`{text}` is neither `on` nor `off`"))),
+    }
 }
 
 /// Bits a second: a number, and perhaps one of the letters k, M and G, each a thousand times the last.
@@ -64,11 +84,24 @@ mod tests {
 
     use super::*;
 
-    fn read(name: &str, value: &str) -> (Result<NetworkRates, String>, Vec<String>) {
+    fn annotations(name: &str, value: &str) -> (Result<Annotations, String>, Vec<String>) {
         let spec = serde_json::json!({ "ociVersion": "1.2.0", "annotations": { name: value } });
         let mut warnings = Vec::new();
-        let rates = network_rates(&serde_json::from_value(spec).unwrap(), &mut warnings);
-        (rates.map_err(|error| error.to_string()), warnings)
+        let read = super::read(&serde_json::from_value(spec).unwrap(), &mut warnings);
+        (read.map_err(|error| error.to_string()), warnings)
+    }
+
+    fn read(name: &str, value: &str) -> (Result<NetworkRates, String>, Vec<String>) {
+        let (read, warnings) = annotations(name, value);
+        (read.map(|annotations| annotations.network_rates), warnings)
+    }
+
+    #[test]
+    fn templates_can_be_switched_off() {
+        let may_use = |value| annotations(TEMPLATE, value).0.map(|annotations| annotations.may_use_template);
+        assert_eq!((may_use("on"), may_use("off")), (Ok(true), Ok(false)));
+        assert!(may_use("no").unwrap_err().contains("dev.rvm.template"));
+        assert!(annotations("com.example", "off").0.unwrap().may_use_template);
     }
 
     #[test]

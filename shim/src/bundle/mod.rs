@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
+use annotations::Annotations;
 pub use annotations::NetworkRates;
 pub use disks::{HostDisk, MAX_DISKS};
 pub use error::BundleError;
@@ -48,6 +49,8 @@ pub struct Bundle {
     pub disks: Vec<HostDisk>,
     /// What the container's network is limited to.
     pub network_rates: NetworkRates,
+    /// Whether the container's machine may go on from a template.
+    pub may_use_template: bool,
     /// What the description asks for that has no effect in a microVM: one sentence each.
     pub warnings: Vec<String>,
     guest_spec: String,
@@ -80,10 +83,10 @@ impl Bundle {
         validate::spec(&mut spec, &path, &mut warnings)?;
         microvm::possible(&mut spec, &mut warnings)?;
         let disks = spec.linux().as_ref().map_or(Ok(Vec::new()), disks::of)?;
-        let network_rates = annotations::network_rates(&spec, &mut warnings)?;
+        let Annotations { network_rates, may_use_template } = annotations::read(&spec, &mut warnings)?;
         let rootfs = rootfs(&path, &spec)?;
         let guest_spec = guest::spec_json(&spec)?;
-        Ok(Bundle { path, spec, rootfs, disks, network_rates, warnings, guest_spec })
+        Ok(Bundle { path, spec, rootfs, disks, network_rates, may_use_template, warnings, guest_spec })
     }
 
     /// The description as the agent gets it, without what concerns only the host.

@@ -10,6 +10,7 @@ mod process;
 mod run;
 mod stats;
 mod stub;
+mod template;
 mod update;
 mod usage;
 
@@ -25,6 +26,7 @@ use crate::logging::{Log, LogFormat};
 use crate::monitor;
 use crate::network::follow;
 use crate::spec::OCI_VERSION;
+use crate::template::builder;
 use crate::timeline::Timeline;
 
 /// What follows the program's name, in the form that engines parse.
@@ -120,6 +122,9 @@ enum Command {
     Check(check::CheckArguments),
     /// Compare runtimes on this machine: start, exec, memory, isolation
     Compare(compare::CompareArguments),
+    /// Make, list or remove templates: captured machines from which containers begin
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
     /// Run a command in a microVM over a directory, and throw its writes away
     Do(local::DoArguments),
 }
@@ -141,6 +146,7 @@ pub fn main() -> ExitCode {
         Some(first) if first == monitor::handshake::SUBCOMMAND => return stay(monitor::run()),
         Some(first) if first == stub::SUBCOMMAND => return stay(stub::run()),
         Some(first) if first == follow::SUBCOMMAND => return stay(follow::run()),
+        Some(first) if first == builder::SUBCOMMAND => return stay(builder::run()),
         _ => {}
     }
     let words: Vec<OsString> = std::env::args_os().collect();
@@ -196,6 +202,7 @@ fn dispatch(context: &Context, command: Command) -> Result<ExitCode, Error> {
         Command::Update(arguments) => update::update(context, &arguments),
         Command::Features => inspect::features(),
         Command::Spec(arguments) => inspect::spec(&arguments),
+        Command::Template(command) => template::run(context, command),
         Command::Check(arguments) => return check::check(context, &arguments),
         Command::Compare(arguments) => compare::compare(context, arguments),
         Command::Do(arguments) => return local::run(context, arguments),

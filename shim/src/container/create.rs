@@ -25,6 +25,8 @@ use crate::install::{InstallError, Installation};
 use crate::logging::Log;
 use crate::monitor::handshake::{FromMonitor, Setup, ToMonitor};
 use crate::seccomp::{self, SeccompError};
+use crate::template;
+use crate::template::builder::WarmUp;
 use crate::timeline::Timeline;
 
 /// Why a container could not be created.
@@ -139,6 +141,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     let listener = undo.folder()?.listen().map_err(system("cannot make the control socket"))?;
     let mut record = new_record(&request);
     record.shape = Some(shape);
+    record.warm_up = warm_up(&request.bundle, &installation);
     let cgroup = HostCgroup::locate(spec, request.id.as_str(), request.systemd_cgroup)?;
     record.cgroup = Some(cgroup.clone());
     // Before there is anything: `delete --force` finds what a killed `create` has left.
@@ -166,6 +169,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         terminal: size,
         seccomp: filter,
         shape,
+        templates: record.warm_up.as_ref().map(|warm_up| warm_up.folder().to_owned()),
         disks: request.bundle.disks.clone(),
         network_rates: request.bundle.network_rates,
         hook_state: hook_state.clone(),
@@ -305,8 +309,15 @@ fn new_record(request: &CreateRequest<'_>) -> Record {
         },
         process: spec.process().clone(),
         shape: None,
+        warm_up: None,
         throw_away: request.throw_away,
     }
+}
+
+/// A machine with disks is of a shape that hardly another one has.
+fn warm_up(bundle: &Bundle, installation: &Installation) -> Option<WarmUp> {
+    let folder = template::folder().filter(|_| bundle.may_use_template && bundle.disks.is_empty())?;
+    WarmUp::new(folder, installation).ok()
 }
 
 fn save(undo: &Undo, record: &Record) -> Result<(), CreateError> {

@@ -90,6 +90,13 @@ impl Shape {
         Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
     }
 
+    /// The shape for so many processors, and so many bytes of memory for the workload.
+    pub fn of_sizes(processors: Option<u64>, limit: Option<u64>, host: HostSize) -> Shape {
+        let period = ProcessorTime::default().period;
+        let time = processors.map(|count| ProcessorTime { quota: count.checked_mul(period), period });
+        Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
+    }
+
     /// Whether the machine, once made, can give its workload these limits. Of the processor's time that is `in_force`,
     /// what they leave out stays.
     pub fn can_give(&self, resources: &LinuxResources, in_force: ProcessorTime) -> Result<(), TooLarge> {

@@ -64,6 +64,7 @@ pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
     let oom_reports = prepare_oom_reports(container, log);
     ask(container, &connection, &connected, oom_reports)?;
     follow_network(container, connected, &namespace, log);
+    warm_up(container, log);
     let state = container.record.report(Status::Running).to_json();
     hooks::run(HookKind::Poststart, &container.record.poststart, &state).inspect_err(|_| {
         // The specification (1.2, lifecycle) has the container stopped when one of these hooks fails.
@@ -98,6 +99,15 @@ fn follow_network(container: &Container, connected: Connected, namespace: &File,
     if let Err(error) = followed {
         // It runs; that it cannot be connected with further networks is no reason to end it.
         log.warning(format!("later changes of the network will not reach the guest: {error}"));
+    }
+}
+
+/// The next container like this one need not boot.
+fn warm_up(container: &Container, log: &Log) {
+    if let (Some(warm_up), Some(shape)) = (&container.record.warm_up, container.record.shape)
+        && let Err(error) = warm_up.begin(shape, log)
+    {
+        log.debug(format!("{}: no template is made: {error}", container.id()));
     }
 }
 

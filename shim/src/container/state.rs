@@ -15,6 +15,7 @@ use super::liveness::ProcessIdentity;
 use super::shape::Shape;
 use crate::cgroup::HostCgroup;
 use crate::spec::OCI_VERSION;
+use crate::template::builder::WarmUp;
 
 /// What `create` recorded. It changes no more once the container is created.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,6 +53,9 @@ pub struct Record {
     /// The machine's size.
     #[serde(default)]
     pub shape: Option<Shape>,
+    /// What makes a template for containers like this one, if it may go on from one.
+    #[serde(default)]
+    pub warm_up: Option<WarmUp>,
     /// The command that the container ends with, where it was made to be thrown away: `rvm do`.
     #[serde(default)]
     pub throw_away: Option<ProcessIdentity>,
@@ -188,6 +192,7 @@ impl Record {
             network_namespace: field(&json, "network_namespace"),
             process: field(&json, "process"),
             shape: field(&json, "shape"),
+            warm_up: field(&json, "warm_up"),
             throw_away: field(&json, "throw_away"),
         }
     }
@@ -230,6 +235,7 @@ pub(super) mod tests {
             network_namespace: None,
             process: None,
             shape: None,
+            warm_up: None,
             throw_away: None,
         }
     }

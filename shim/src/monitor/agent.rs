@@ -5,6 +5,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::poll::PollFlags;
 use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available};
@@ -25,6 +26,9 @@ pub enum AgentFailure {
     /// The agent is not of this version of rvm.
     #[error("the guest's agent speaks version {0} of the protocol, and this rvm version {VERSION}")]
     Version(u32),
+    /// The host has no random bytes for it.
+    #[error("the host has no random bytes for the guest")]
+    NoEntropy,
     /// The first message was not the one it has to be.
     #[error("the guest's agent did not say first that it is ready")]
     NotReady,
@@ -43,9 +47,16 @@ pub struct Agent {
     outgoing: Vec<u8>,
     requests: u64,
     ready: bool,
+    /// How far the guest's clock is behind, if it goes on from a template.
+    shift: Option<i64>,
 }
 
 impl Agent {
+    /// The agent of a guest that goes on from a template, where its clock has fallen so far behind.
+    pub fn of_template(shift: Option<i64>) -> Agent {
+        Agent { shift, ..Agent::default() }
+    }
+
     /// Whether the guest has connected.
     pub fn is_connected(&self) -> bool {
         self.stream.is_some()
@@ -111,12 +122,39 @@ impl Agent {
             FromAgent::Ready { version, .. } if *version != VERSION => Err(AgentFailure::Version(*version)),
             FromAgent::Ready { .. } => {
                 self.ready = true;
-                Ok(())
+                self.greet()
             }
             _ if self.ready => Ok(()),
             _ => Err(AgentFailure::NotReady),
         }
     }
+}
+
+impl Agent {
+    /// Before all that waits to be sent, has the guest put its clock right, which has lost time while its kernel came up,
+    /// or stood still in a template. One that goes on from a template becomes one of its own, too.
+    fn greet(&mut self) -> Result<(), AgentFailure> {
+        let body = match self.shift {
+            None => Request::SetClock { realtime_nanoseconds: realtime() },
+            Some(clock_shift) => Request::Awaken { entropy: entropy()?, clock_shift },
+        };
+        // No other request has this number, and nobody waits for the reply.
+        let waiting = std::mem::replace(&mut self.outgoing, frame::encode(&ToAgent { request: 0, body })?);
+        self.outgoing.extend(waiting);
+        Ok(())
+    }
+}
+
+/// Random bytes that nobody else gets.
+fn entropy() -> Result<[[u8; 32]; 2], AgentFailure> {
+    let mut entropy = [[0; 32]; 2];
+    getrandom::fill(entropy.as_flattened_mut()).map_err(|_| AgentFailure::NoEntropy)?;
+    Ok(entropy)
+}
+
+/// The host's clock, in nanoseconds since the epoch; a u64 of them lasts for centuries.
+pub fn realtime() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 
 #[cfg(test)]
@@ -149,6 +187,8 @@ mod tests {
 
         write_frame(&mut guest, &ready()).unwrap();
         assert_eq!(agent.receive().unwrap(), [ready()]);
+        let greeting: ToAgent = read_frame(&mut guest).unwrap();
+        assert!(matches!(greeting.body, Request::SetClock { .. }), "{greeting:?}");
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
     }
@@ -158,12 +198,30 @@ mod tests {
         let (mut agent, mut guest) = connected();
         write_frame(&mut guest, &ready()).unwrap();
         agent.receive().unwrap();
+        let _greeting: ToAgent = read_frame(&mut guest).unwrap();
         let resources = " ".repeat(rvm_protocol::MAX_FRAME);
         assert!(agent.request(Request::Update { resources }).is_err());
         let number = agent.request(Request::List).unwrap();
         agent.flush().unwrap();
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
+    }
+
+    #[test]
+    fn a_guest_from_a_template_is_awakened_before_all_else() {
+        let mut agent = Agent::of_template(Some(-5));
+        let number = agent.request(Request::List).unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        agent.connect(ours).unwrap();
+        write_frame(&mut guest, &ready()).unwrap();
+        agent.receive().unwrap();
+        let first: ToAgent = read_frame(&mut guest).unwrap();
+        let Request::Awaken { entropy: [one, other], clock_shift: -5 } = first.body else {
+            panic!("{first:?}")
+        };
+        assert_ne!(one, other);
+        let second: ToAgent = read_frame(&mut guest).unwrap();
+        assert_eq!(second, ToAgent { request: number, body: Request::List });
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::{MonitorError, initramfs};
 use crate::bundle::MAX_DISKS;
 use crate::container::shape::Shape;
 use crate::foreign::tame;
+use crate::template::{Template, TemplateError};
 use crate::timeline::{Phase, Timeline};
 
 /// The slots of the devices that every machine has.
@@ -37,6 +38,8 @@ const LAST_LINES: usize = 12;
 /// A machine that is built and not started, with what could only be opened before the change of the root.
 pub struct Built {
     machine: Machine,
+    /// What it goes on from, if it does not boot.
+    template: Option<Template>,
     files: PreparedFileServer,
     disks: Vec<OpenDisk>,
 }
@@ -53,12 +56,30 @@ pub struct Booting {
     pub lookups: VsockListener,
     /// Drives the devices that never block.
     pub events: EventLoop,
+    /// What it goes on from, if it does not boot.
+    pub template: Option<Template>,
 }
 
 /// The slots of disks follow those of everything else.
 pub fn disk_slots(disks: usize) -> Range<u8> {
     // A bundle has no more disks than there are slots.
     SLOTS..SLOTS + disks.min(MAX_DISKS) as u8
+}
+
+/// The devices that every machine has, by their slots (virtio 1.2, section 5).
+const DEVICES: [u32; SLOTS as usize] = [19, 4, 26, 5, 0, 0, 0, 0, 0];
+
+/// Makes a machine that goes on from a template. The template is of no use when this fails.
+pub fn restore(shape: Shape, template: &Template, timeline: &mut Timeline) -> Result<Machine, TemplateError> {
+    let state = template.record.machine()?;
+    if (state.vcpus(), state.memory()) != (shape.vcpus, shape.memory) || state.devices() != DEVICES {
+        return Err(TemplateError::Damaged("it is of another machine"));
+    }
+    let machine = Machine::restore(state, &template.memory, &template.record.soon)?;
+    let reached = machine.timeline();
+    timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
+    timeline.mark_at(Phase::TemplateReady, reached.kernel_loaded);
+    Ok(machine)
 }
 
 /// Builds the machine and loads the kernel into it.
@@ -86,19 +107,24 @@ pub fn build(
     let reached = machine.timeline();
     timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
     timeline.mark_at(Phase::KernelLoaded, reached.kernel_loaded);
-    Ok(Built { machine, files, disks })
+    Ok(Built { machine, template: None, files, disks })
 }
 
 impl Built {
-    /// Plugs the devices and lets the vCPUs run. This process's root is now the container's.
-    pub fn start(self, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
-        let Built { machine, files, disks } = self;
+    /// One that goes on from a template.
+    pub fn restored(machine: Machine, template: Template) -> Result<Built, MonitorError> {
+        Ok(Built { machine, template: Some(template), files: FileServer::prepare()?, disks: Vec::new() })
+    }
+
+    /// Plugs the devices and lets the vCPUs run. What is served to the guest is the tree below `root`.
+    pub fn start(self, root: &Path, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
+        let Built { machine, template, files, disks } = self;
         let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
         let streams = guest.listen(STREAM_PORT)?;
         let lookups = guest.listen(RESOLVER_PORT)?;
-        let root = FsDevice::new(ROOTFS_TAG, files.serve_root(Path::new("/"))?)?;
+        let root = FsDevice::new(ROOTFS_TAG, files.serve_root(root)?)?;
         machine.plug(VSOCK_SLOT, Box::new(vsock))?;
         machine.plug(RNG_SLOT, Box::new(RngDevice::new(events.handle())))?;
         machine.plug(ROOTFS_SLOT, Box::new(root))?;
@@ -109,11 +135,16 @@ impl Built {
         for (slot, disk) in disk_slots(disks.len()).zip(disks) {
             machine.plug(slot, Box::new(BlockDevice::new(disk.device, disk.read_only)?))?;
         }
+        if template.is_some() {
+            // The connections of the guest that was captured.
+            guest.reset_transport()?;
+        }
         machine.start()?;
         if let Some(entry) = machine.timeline().kernel_entry {
-            timeline.mark_at(Phase::KernelEntry, entry);
+            let phase = if template.is_some() { Phase::GuestResumed } else { Phase::KernelEntry };
+            timeline.mark_at(phase, entry);
         }
-        Ok(Booting { machine, control, streams, lookups, events })
+        Ok(Booting { machine, control, streams, lookups, events, template })
     }
 }
 

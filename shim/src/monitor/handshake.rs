@@ -62,6 +62,8 @@ pub struct Setup {
     pub seccomp: Option<SeccompProgram>,
     /// The machine's size.
     pub shape: Shape,
+    /// Where a template for the machine may be, if it may go on from one.
+    pub templates: Option<PathBuf>,
     /// The host's block devices that become the guest's disks.
     pub disks: Vec<HostDisk>,
     /// What the container's network is limited to.

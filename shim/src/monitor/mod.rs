@@ -8,8 +8,8 @@
 
 pub mod handshake;
 
-mod agent;
-mod boot;
+pub(crate) mod agent;
+pub(crate) mod boot;
 mod clients;
 mod commands;
 mod confine;
@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use rvm_protocol::{AgentError, ExitStatus};
+use rvm_vmm::machine::Machine;
 
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
@@ -42,7 +43,9 @@ use crate::logging::Log;
 use crate::reexec;
 use crate::rootfs::{self, Overlay, Rootfs, RootfsError};
 use crate::signals::{self, Signals};
+use crate::template::{Key, Store, Template};
 use crate::timeline::Phase;
+use boot::Built;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
 use init::Init;
 use resolver::Resolver;
@@ -187,6 +190,30 @@ fn receive_setup(socket: &OwnedFd) -> Result<(Box<Setup>, Inherited), MonitorErr
     Ok((setup, inherited))
 }
 
+/// The template for a machine, if there is one and it is fit to be used.
+fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Option<Template> {
+    let store = Store::new(setup.templates.as_deref().filter(|_| setup.disks.is_empty())?);
+    let key = Key::of(kernel, agent, setup.shape, boot::SLOTS).ok()?;
+    store.find(key).unwrap_or_else(|error| {
+        // Removing may fail, too. The machine boots all the same.
+        let _ = store.remove(key);
+        log.warning_now(&format!("the template {key} is dropped, and the machine boots: {error}"));
+        None
+    })
+}
+
+/// The machine that goes on from a template; none where it turns out that none can.
+fn restore(setup: &mut Setup, template: Template, log: &Log) -> Option<(Machine, Template)> {
+    match boot::restore(setup.shape, &template, &mut setup.timeline) {
+        Ok(machine) => Some((machine, template)),
+        Err(error) => {
+            template.discard();
+            log.warning_now(&format!("the machine's template is dropped, and the machine boots: {error}"));
+            None
+        }
+    }
+}
+
 /// Everything up to the moment when the container counts as created.
 fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<Service, MonitorError> {
     let mut setup = setup;
@@ -201,6 +228,8 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let spec: Spec = serde_json::from_str(&setup.spec)?;
 
     let disks = disks::open_all(&setup.disks)?;
+    // While the host's files can be seen.
+    let template = find_template(&setup, &kernel, &agent, &log);
     setup::enter_namespaces(&spec)?;
     let resolver = Resolver::open()
         .inspect_err(|error| log.warning(format!("the container's names will not be looked up: {error}")))
@@ -210,7 +239,10 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     setup.host_mounts = rootfs::host_mounts(&setup.rootfs)
         .map_err(MonitorError::system("cannot read the table of mounts"))?;
     setup.timeline.mark(Phase::RootfsReady);
-    let built = boot::build(setup.shape, kernel, agent, disks, &mut setup.timeline)?;
+    let built = match template.and_then(|template| restore(&mut setup, template, &log)) {
+        Some((machine, template)) => Built::restored(machine, template)?,
+        None => boot::build(setup.shape, kernel, agent, disks, &mut setup.timeline)?,
+    };
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;
 
     send(socket, &FromMonitor::Prepared, &[])?;
@@ -237,7 +269,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let init = Init::new(stdio, setup.terminal.is_some())
         .map_err(MonitorError::system("cannot make an event descriptor"))?;
     // Nothing may fail from here on: a machine that runs is not dropped (see `Service::run`).
-    let booting = built.start(&mut setup.timeline)?;
+    let booting = built.start(Path::new("/"), &mut setup.timeline)?;
     let mut service = Service::new(setup, folder, step, listener, signals, init, booting);
     service.tie_to(tie);
     service.look_names_up_with(resolver);

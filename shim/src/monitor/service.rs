@@ -29,6 +29,7 @@ use crate::container::{Folder, Step, folder};
 use crate::control::Answer;
 use crate::logging::Log;
 use crate::signals::Signals;
+use crate::template::Template;
 use crate::timeline::Phase;
 
 /// How long a guest may take until its agent answers. Far above what the slowest host needs: it only ends what
@@ -98,6 +99,8 @@ pub struct Service {
     pub(super) next_process: u32,
     pub(super) deadlines: HashMap<Deadline, Instant>,
     pub(super) outcome: Option<Outcome>,
+    /// What the machine goes on from, until it is known to.
+    pub(super) template: Option<Template>,
     signals: Signals,
     control_listener: VsockListener,
     stream_listener: VsockListener,
@@ -145,9 +148,10 @@ impl Service {
         Service {
             setup,
             folder,
-            machine: booting.machine,
             events: booting.events,
-            agent: Agent::default(),
+            agent: Agent::of_template(booting.machine.clock_shift()),
+            template: booting.template,
+            machine: booting.machine,
             streams: Streams::default(),
             clients: Clients::new(listener),
             init,
@@ -386,6 +390,10 @@ impl Service {
 
     /// The machine cannot go on.
     pub(super) fn fail(&mut self, words: String) {
+        if let Some(template) = self.template.take() {
+            template.discard();
+            self.log.warning_now("the machine's template is dropped: its guest did not come up");
+        }
         self.outcome.get_or_insert(Outcome::Failed(words));
     }
 

@@ -1,5 +1,6 @@
 //! The machine: what the monitor configures, plugs devices into, starts, pauses and watches.
 
+mod capture;
 mod timeline;
 
 use std::fs::File;
@@ -15,17 +16,20 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::capture::{CaptureError, MachineState, RestoreError};
 pub use self::timeline::Timeline;
 pub use crate::boot::BootError;
 use crate::boot::{self, Boot};
 use crate::bus::Bus;
 use crate::console::Console;
 use crate::host::{self, HostError};
+pub use crate::image::ImageError;
 use crate::layout;
 pub use crate::layout::MAX_SLOTS;
 use crate::memory;
 pub use crate::memory::MemoryError;
-use crate::serial::SerialPort;
+use crate::serial::{Registers, SerialPort};
+pub use crate::touched::Touched;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
 use crate::vcpu::control::{Control, Phase, install_kick_handler};
@@ -127,14 +131,17 @@ pub struct Machine {
     bus: Arc<Bus>,
     console: Console,
     timeline: Mutex<Timeline>,
-    _vm: Arc<VmFd>,
+    /// What it goes on from, until it is started.
+    captured: Mutex<Option<MachineState>>,
+    clock_shift: Mutex<Option<i64>>,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
 }
 
 /// The vCPUs, before and after the start.
 enum Processors {
     Waiting(Vec<Vcpu>),
-    Started(Vec<JoinHandle<()>>),
+    Started(Vec<JoinHandle<Vcpu>>),
 }
 
 impl Machine {
@@ -161,16 +168,30 @@ impl Machine {
         slots: u8,
     ) -> Result<Machine, MachineError> {
         check_counts(kvm, vcpus, slots)?;
+        Machine::over(kvm, vcpus, memory::create(memory_size)?, slots, None)
+    }
+
+    /// A machine over this memory, with a serial port that has these registers.
+    fn over(
+        kvm: &Kvm,
+        vcpus: u8,
+        memory: GuestMemory,
+        slots: u8,
+        serial: Option<&Registers>,
+    ) -> Result<Machine, MachineError> {
+        check_counts(kvm, vcpus, slots)?;
         let refused = |what| move |source| MachineError::Kvm { what, source };
         let vm = Arc::new(create_vm(kvm)?);
-        let memory = memory::create(memory_size)?;
         memory::register(&vm, &memory)?;
 
         let console = Console::default();
         let serial_line = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         vm.register_irqfd(&serial_line, layout::SERIAL_GSI)
             .map_err(refused("the serial port's interrupt"))?;
-        let serial = SerialPort::new(serial_line, console.clone());
+        let serial = match serial {
+            Some(registers) => SerialPort::restored(registers, serial_line, console.clone()),
+            None => SerialPort::new(serial_line, console.clone()),
+        };
         let slots = (0..slots).map(|number| Slot::new(number, vm.clone(), memory.clone()));
         let slots = slots.collect::<Result<_, _>>()?;
         let bus = Arc::new(Bus::new(serial, slots));
@@ -185,7 +206,9 @@ impl Machine {
             bus,
             console,
             timeline: Mutex::new(Timeline::kvm_ready_now()),
-            _vm: vm,
+            captured: Mutex::default(),
+            clock_shift: Mutex::default(),
+            vm,
             memory,
         })
     }
@@ -218,6 +241,7 @@ impl Machine {
             return Err(MachineError::StartedTwice);
         };
         install_kick_handler().map_err(|source| MachineError::Kvm { what: "the vCPUs' signal", source })?;
+        self.resume_clocks(vcpus)?;
         let vcpus = std::mem::take(vcpus);
         *processors = Processors::Started(Vec::with_capacity(vcpus.len()));
         for vcpu in vcpus {

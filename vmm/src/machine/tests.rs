@@ -13,6 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::virtio::{ActivateError, Activation};
 
+mod capture;
+
 const CODE: u64 = 0x1000;
 /// `mov al, 0xfe; out 0x64, al`: the end of a guest.
 const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];

@@ -2,6 +2,7 @@
 
 pub(crate) mod control;
 mod registers;
+mod state;
 
 use std::io;
 use std::ops::ControlFlow;
@@ -16,6 +17,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
 use self::control::{Control, Kickable};
+pub(crate) use self::state::VcpuState;
 use crate::bus::Bus;
 use crate::machine::ExitReason;
 use crate::{GuestMemory, confine};
@@ -82,14 +84,13 @@ impl Vcpu {
         registers::set_general(&self.fd, entry).map_err(refused("the general registers"))
     }
 
-    /// The registers, for tests that bring a few instructions of their own.
-    #[cfg(test)]
+    /// What KVM knows it by.
     pub(crate) fn fd(&self) -> &VcpuFd {
         &self.fd
     }
 
-    /// Starts the vCPU's thread. It runs guest code when the control says so.
-    pub(crate) fn spawn(self) -> Result<JoinHandle<()>, VcpuError> {
+    /// Starts the vCPU's thread. It runs guest code when the control says so, and gives the vCPU back at its end.
+    pub(crate) fn spawn(self) -> Result<JoinHandle<Vcpu>, VcpuError> {
         let number = self.number;
         let count = self.control.add_thread();
         thread::Builder::new()
@@ -102,6 +103,7 @@ impl Vcpu {
                     Err(error) => {
                         let text = format!("its thread could not be confined: {error}");
                         self.control.guest_ended(describe(ExitReason::Error(text), number));
+                        self
                     }
                 }
             })
@@ -109,7 +111,7 @@ impl Vcpu {
     }
 
     /// Runs guest code whenever it may, until the end.
-    fn run(mut self) {
+    fn run(mut self) -> Self {
         let mut vcpu = Kickable::new(&mut self.fd, &self.control);
         let mut was_paused = false;
         while let Some(turn) = self.control.enter() {
@@ -131,6 +133,8 @@ impl Vcpu {
             }
             was_paused = true;
         }
+        drop(vcpu);
+        self
     }
 }
 

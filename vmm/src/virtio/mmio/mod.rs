@@ -7,12 +7,15 @@ pub(crate) mod page;
 mod queue;
 mod registers;
 pub(crate) mod slot;
+pub(crate) mod state;
 pub(crate) mod status;
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::page::RegisterPage;
@@ -24,6 +27,9 @@ use crate::GuestMemory;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// How a queue is made of what the driver wrote; there is none if that makes no sense.
+type BuildQueue = fn(&QueueSetup, &GuestMemory, bool) -> Option<Queue>;
 
 /// A device with its registers.
 pub(crate) struct Transport {
@@ -38,6 +44,7 @@ pub(crate) struct Transport {
 }
 
 /// All that the driver wrote; a reset forgets it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct DriverState {
     status: u32,
     device_features_select: u32,
@@ -253,7 +260,13 @@ impl Transport {
     /// Hands the queues to the device. A driver that set up something that cannot be used, or too little, is told
     /// by DEVICE_NEEDS_RESET.
     fn activate(&mut self) {
-        let started = self.activation().is_some_and(|activation| self.device.activate(activation).is_ok());
+        self.activate_with(QueueSetup::build);
+    }
+
+    /// The same, with queues that `build` makes.
+    fn activate_with(&mut self, build: BuildQueue) {
+        let activation = self.activation(build);
+        let started = activation.is_some_and(|activation| self.device.activate(activation).is_ok());
         if !started {
             self.interrupt.needs_reset();
             return;
@@ -266,12 +279,12 @@ impl Transport {
         }
     }
 
-    fn activation(&self) -> Option<Activation> {
+    fn activation(&self, build: BuildQueue) -> Option<Activation> {
         let features = self.driver.features;
         let mut queues = Vec::with_capacity(self.driver.queues.len());
         for (index, (setup, kick)) in (0..).zip(self.driver.queues.iter().zip(&self.kicks)) {
             if setup.is_ready() {
-                let queue = setup.build(&self.memory, features & EVENT_IDX != 0)?;
+                let queue = build(setup, &self.memory, features & EVENT_IDX != 0)?;
                 queues.push(ActiveQueue { index, queue, kick: kick.try_clone().ok()? });
             }
         }

@@ -1,6 +1,9 @@
 //! A queue while the driver sets it up: what it wrote, unchecked until the device is activated.
 
-use virtio_queue::{Queue, QueueState};
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::registers::QueueRegister;
@@ -14,7 +17,7 @@ const AVAILABLE: (u64, u64) = (6, 2);
 const USED: (u64, u64) = (6, 8);
 
 /// The registers of one queue.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueSetup {
     max_size: u16,
     size: u32,
@@ -86,6 +89,16 @@ impl QueueSetup {
         };
         parts.iter().all(inside).then_some(queue)
     }
+
+    /// The queue as a device finds it that goes on where another one has stopped, with nothing under way. What that one
+    /// had taken and not given back is on offer once more.
+    pub(super) fn rebuild(&self, memory: &GuestMemory, event_idx: bool) -> Option<Queue> {
+        let mut queue = self.build(memory, event_idx)?;
+        let used = queue.used_idx(&**memory, Ordering::Acquire).ok()?.0;
+        queue.set_next_avail(used);
+        queue.set_next_used(used);
+        Some(queue)
+    }
 }
 
 fn set_low(address: &mut u64, value: u32) {
@@ -100,7 +113,6 @@ fn set_high(address: &mut u64, value: u32) {
 mod tests {
     use std::sync::Arc;
 
-    use virtio_queue::QueueT;
     use vm_memory::GuestMemoryMmap;
 
     use super::*;

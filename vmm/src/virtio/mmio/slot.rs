@@ -13,6 +13,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::page::RegisterPage;
+use super::state::TransportState;
 use super::{Transport, registers};
 use crate::GuestMemory;
 use crate::layout;
@@ -39,6 +40,12 @@ pub enum SlotError {
         /// What the operating system reported.
         source: io::Error,
     },
+    /// It goes on where another device has stopped, and is not like that one.
+    #[error("the device for slot {0} is not of the kind that was there when the machine was captured")]
+    Unlike(u8),
+    /// The device is not at rest.
+    #[error("the device in slot {0} has failed, or its driver has not started it yet")]
+    Unsettled(u8),
     /// KVM did not take an event.
     #[error("KVM refused the {what} of slot {slot}: {source}")]
     Kvm {
@@ -58,6 +65,8 @@ pub(crate) struct Slot {
     memory: GuestMemory,
     page: Arc<RegisterPage>,
     plugged: Mutex<Option<Plugged>>,
+    /// How the first device goes on that is plugged in.
+    expected: Mutex<Option<TransportState>>,
 }
 
 struct Plugged {
@@ -82,7 +91,7 @@ impl Slot {
         // run as long as there are vCPUs, which own the bus, and with it this slot and its page.
         let mapped = unsafe { vm.set_user_memory_region(region) };
         mapped.map_err(|source| SlotError::Kvm { what: "registers", slot: number, source })?;
-        Ok(Self { number, vm, memory, page, plugged: Mutex::new(None) })
+        Ok(Self { number, vm, memory, page, plugged: Mutex::default(), expected: Mutex::default() })
     }
 
     /// Puts a device in.
@@ -99,10 +108,36 @@ impl Slot {
         let (line, acknowledged) = (Arc::new(event()?), event()?);
         let transport = Transport::new(device, self.memory.clone(), self.page.clone(), line.clone());
         let transport = transport.inspect_err(|_| self.page.clear()).map_err(event_error)?;
-        let new = Plugged { transport, line, acknowledged };
-        self.connect(&new).inspect_err(|_| self.disconnect(&new))?;
+        let mut new = Plugged { transport, line, acknowledged };
+        let connected = self.connect(&new).and_then(|()| match self.take_expected() {
+            // Once the interrupt can be raised.
+            Some(state) if !new.transport.restore(&state) => Err(SlotError::Unlike(self.number)),
+            _ => Ok(()),
+        });
+        if let Err(error) = connected {
+            self.disconnect(&new);
+            new.transport.into_device();
+            self.page.clear();
+            return Err(error);
+        }
         *plugged = Some(new);
         Ok(())
+    }
+
+    /// The device that is plugged in next goes on as this one.
+    pub(crate) fn expect(&self, state: TransportState) {
+        *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+
+    fn take_expected(&self) -> Option<TransportState> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Stops the device, if there is one, and tells how it was.
+    pub(crate) fn capture(&self) -> Result<Option<TransportState>, SlotError> {
+        let mut plugged = self.lock();
+        let captured = plugged.as_mut().map(|plugged| plugged.transport.capture());
+        captured.map(|state| state.ok_or(SlotError::Unsettled(self.number))).transpose()
     }
 
     /// Takes the device out, if there is one; it is reset.

@@ -1,0 +1,102 @@
+//! Templates: machines that were captured when their agent was up, and from which containers begin.
+//!
+//! The first container of a [shape](Key) boots. What it leaves behind is a process that boots another machine of that
+//! shape, [captures](builder) it, tries the capture, and puts it into the [store]. Containers that come later
+//! [open](Store::find) it, and their machines go on from there. A template is a cache: where there is none, or none that
+//! can be used, a machine boots.
+
+pub mod builder;
+mod file;
+mod key;
+mod store;
+mod trial;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use file::Record;
+pub use key::Key;
+pub use store::{Listed, Store, Template};
+
+use crate::cause::Cause;
+use crate::monitor::MonitorError;
+use rvm_vmm::machine::{CaptureError, RestoreError};
+
+/// Where templates are kept.
+pub const FOLDER: &str = "/var/lib/rvm/templates";
+/// Names another folder; `off` has all machines boot.
+pub const VARIABLE: &str = "RVM_TEMPLATES";
+
+/// The folder that templates are kept in, or none if there are to be none.
+pub fn folder() -> Option<PathBuf> {
+    match std::env::var_os(VARIABLE) {
+        None => Some(PathBuf::from(FOLDER)),
+        Some(value) if value.is_empty() || value == "off" => None,
+        Some(value) => Some(PathBuf::from(value)),
+    }
+}
+
+/// Why a template cannot be used, made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// A file or folder of it is not as it must be.
+    #[error("{path}: {problem}", path = .path.display())]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The file of its state is damaged.
+    #[error("its state is damaged: {0}")]
+    Damaged(&'static str),
+    /// Its machine cannot be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A machine cannot be captured.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// A machine cannot be made or started.
+    #[error(transparent)]
+    Machine(#[from] Box<MonitorError>),
+    /// The guest does not come up.
+    #[error("the guest does not come up: {0}")]
+    Guest(String),
+    /// There is no such template.
+    #[error("there is no template {0}; 'rvm template list' shows those there are")]
+    Absent(String),
+    /// Templates are switched off.
+    #[error("templates are switched off ({VARIABLE}=off)")]
+    Off,
+    /// An operation of the system.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the operating system reported.
+        source: Cause,
+    },
+}
+
+impl From<MonitorError> for TemplateError {
+    fn from(error: MonitorError) -> Self {
+        TemplateError::Machine(Box::new(error))
+    }
+}
+
+impl TemplateError {
+    /// Makes the closure that `map_err` wants.
+    fn system<E: Into<Cause>>(what: impl Into<String>) -> impl FnOnce(E) -> TemplateError {
+        let what = what.into();
+        move |error| TemplateError::System { what, source: error.into() }
+    }
+
+    fn unfit(path: impl Into<PathBuf>, problem: &'static str) -> TemplateError {
+        TemplateError::Unfit { path: path.into(), problem }
+    }
+}
+
+/// Whether an error says that there is nothing.
+fn is_absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+}

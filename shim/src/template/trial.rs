@@ -1,0 +1,110 @@
+//! A template is tried before others use it: a machine goes on from it, and starts a container.
+//!
+//! One from which no container starts would cost every container its start. And what the guest has touched of its memory
+//! by then, it will touch each time.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rvm_protocol::{NetworkConfig, Request, StandardStreams, StartContainer};
+use rvm_vmm::machine::Touched;
+
+use super::builder::{ask, come_up};
+use super::{Template, TemplateError};
+use crate::bundle::{Bundle, BundleError};
+use crate::container::shape::Shape;
+use crate::monitor::boot::{self, Built};
+use crate::spec::default_spec;
+use crate::timeline::Timeline;
+
+/// Name of the container's program.
+const PROGRAM: &str = "exit";
+/// Where a program of this form is loaded.
+const ADDRESS: u64 = 0x40_0000;
+/// `mov eax, 60; xor edi, edi; syscall`: `exit(0)`.
+const CODE: [u8; 9] = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
+/// Bytes of an ELF header and of one that says what to load.
+const ELF_HEADERS: [u16; 2] = [64, 56];
+
+/// Starts a container in a machine that goes on from a template, and tells what that took of its memory.
+pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
+    make_program(&root.join(PROGRAM))
+        .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
+    let start = container(root).map_err(|error| TemplateError::Guest(error.to_string()))?;
+    let machine = boot::restore(shape, &template, &mut Timeline::default())?;
+    let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
+    ask(&booting, &mut agent, Request::Start(Box::new(start)))?;
+    // Nobody has to have it, and a host may not tell.
+    Ok(booting.machine.touched().unwrap_or_default())
+}
+
+/// A container that ends at once, like those that `rvm spec` describes.
+fn container(root: &Path) -> Result<StartContainer, BundleError> {
+    let mut spec = default_spec(false);
+    if let Some(process) = spec.process_mut() {
+        process.set_terminal(Some(false)).set_args(Some(vec![format!("/{PROGRAM}")]));
+    }
+    if let Some(place) = spec.root_mut() {
+        place.set_path(root.to_owned());
+    }
+    let bundle = Bundle::from_spec(root, spec)?;
+    Ok(StartContainer {
+        id: "template".into(),
+        spec: bundle.guest_spec_json(),
+        streams: StandardStreams::Pipes { stdin: None, stdout: None, stderr: None },
+        network: NetworkConfig::default(),
+        seccomp: None,
+        hook_state: "{}".into(),
+        memory_limit: None,
+        host_mounts: Vec::new(),
+        disks: Vec::new(),
+    })
+}
+
+fn make_program(path: &Path) -> io::Result<()> {
+    for folder in ["proc", "dev", "sys"] {
+        fs::create_dir(path.with_file_name(folder))?;
+    }
+    let mut file: File = OpenOptions::new().write(true).create_new(true).mode(0o755).open(path)?;
+    file.write_all(&program())
+}
+
+/// The smallest program: a header, what to load (all of it), and the code.
+fn program() -> Vec<u8> {
+    let [header, load] = ELF_HEADERS;
+    let code = u64::from(header + load);
+    let length = code + CODE.len() as u64;
+    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+    bytes.resize(16, 0);
+    // An executable for x86-64.
+    bytes.extend([2_u16, 62].map(u16::to_le_bytes).as_flattened());
+    bytes.extend(1_u32.to_le_bytes());
+    // Where it begins, where it is said what to load; no sections, no flags.
+    bytes.extend([ADDRESS + code, header.into(), 0].map(u64::to_le_bytes).as_flattened());
+    bytes.extend(0_u32.to_le_bytes());
+    bytes.extend([header, load, 1, 0, 0, 0].map(u16::to_le_bytes).as_flattened());
+    // To be loaded, readable and executable.
+    bytes.extend([1_u32, 5].map(u32::to_le_bytes).as_flattened());
+    bytes.extend([0, ADDRESS, ADDRESS, length, length, 0x1000].map(u64::to_le_bytes).as_flattened());
+    bytes.extend(CODE);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn the_program_ends_well() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(PROGRAM);
+        make_program(&path).unwrap();
+        assert!(Command::new(&path).status().unwrap().success());
+        let start = container(folder.path()).unwrap();
+        assert!(start.spec.contains("\"/exit\""), "{}", start.spec);
+    }
+}

@@ -1,0 +1,194 @@
+//! Which of its memory a machine has touched since it was restored, and how another one gets it at once.
+//!
+//! Each first touch of a page interrupts the guest, and the host looks for the page, copies it perhaps, and maps it. What
+//! one machine has touched in its first moments the next one will, too, so all that can be done in one go before it
+//! starts. It is a hint: whatever the list says, a machine does the same, earlier or later.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use kvm_bindings::kvm_pre_fault_memory;
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+
+use crate::GuestMemory;
+
+const PAGE: u64 = 4096;
+/// Pages whose entries are read at a time.
+const BATCH: u64 = 4096;
+/// Stretches that lie no further apart become one: a request costs more than a page.
+const GAP: u64 = 4;
+/// A list has no more stretches than that.
+const MOST_STRETCHES: usize = 16 << 10;
+/// Bits of an entry of /proc/self/pagemap: the page is there; it is one of a file, and no copy.
+const PRESENT: u64 = 1 << 63;
+const OF_FILE: u64 = 1 << 61;
+
+mod requests {
+    use kvm_bindings::kvm_pre_fault_memory;
+    nix::ioctl_readwrite!(pre_fault_memory, 0xae, 0xd5, kvm_pre_fault_memory);
+}
+
+/// Memory that a guest has touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Touched {
+    /// What it has read, and what it has written.
+    read: Vec<Stretch>,
+    written: Vec<Stretch>,
+}
+
+/// Pages beside one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Stretch {
+    /// The number of the first page, by guest address.
+    first: u64,
+    count: u64,
+}
+
+impl Touched {
+    /// What has been touched of memory that was mapped from a file.
+    pub(crate) fn of(memory: &GuestMemory) -> io::Result<Touched> {
+        let pages = File::open("/proc/self/pagemap")?;
+        let mut touched = Touched::default();
+        for region in memory.iter() {
+            let first = region.start_addr().0 / PAGE;
+            let place = region.as_ptr() as u64 / PAGE;
+            let count = region.len() / PAGE;
+            for start in (0..count).step_by(BATCH as usize) {
+                let mut entries = vec![0; (BATCH.min(count - start) * 8) as usize];
+                pages.read_exact_at(&mut entries, (place + start) * 8)?;
+                let (entries, _) = entries.as_chunks();
+                for (page, entry) in (first + start..).zip(entries) {
+                    touched.note(page, u64::from_ne_bytes(*entry));
+                }
+            }
+        }
+        Ok(touched)
+    }
+
+    fn note(&mut self, page: u64, entry: u64) {
+        if entry & PRESENT != 0 {
+            let list = if entry & OF_FILE != 0 { &mut self.read } else { &mut self.written };
+            add(list, page);
+        }
+    }
+
+    /// Has the host provide these pages: those that will be written as copies, others as those of the file. A host that
+    /// cannot do that in advance does it later.
+    pub(crate) fn provide(&self, memory: &GuestMemory) {
+        for (list, advice) in
+            [(&self.written, libc::MADV_POPULATE_WRITE), (&self.read, libc::MADV_POPULATE_READ)]
+        {
+            for (region, offset, length) in list.iter().filter_map(|stretch| stretch.within(memory)) {
+                let Ok(place) = region.get_host_address(MemoryRegionAddress(offset)) else { continue };
+                // SAFETY: the range lies within the region's mapping, and the advice changes nothing of its contents.
+                unsafe { libc::madvise(place.cast(), length as usize, advice) };
+            }
+        }
+    }
+
+    /// Has KVM map these pages to the guest. A KVM that cannot do that in advance does it later.
+    pub(crate) fn map(&self, memory: &GuestMemory, vcpu: &VcpuFd) {
+        for stretch in self.written.iter().chain(&self.read) {
+            let Some((region, offset, length)) = stretch.within(memory) else { continue };
+            let gpa = region.start_addr().0 + offset;
+            let mut request = kvm_pre_fault_memory { gpa, size: length, ..Default::default() };
+            // SAFETY: the request reads and writes the structure alone, which outlives it.
+            let mapped = unsafe { requests::pre_fault_memory(vcpu.as_raw_fd(), &raw mut request) };
+            if mapped.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Adds a page to a list in ascending order.
+fn add(list: &mut Vec<Stretch>, page: u64) {
+    let is_full = list.len() >= MOST_STRETCHES;
+    match list.last_mut() {
+        Some(last) if page - (last.first + last.count) <= GAP => last.count = page + 1 - last.first,
+        _ if is_full => {}
+        _ => list.push(Stretch { first: page, count: 1 }),
+    }
+}
+
+impl Stretch {
+    /// The region that it begins in, where in that, and how many bytes of it, if it is in memory.
+    fn within(self, memory: &GuestMemory) -> Option<(&GuestRegionMmap, u64, u64)> {
+        let region = memory.find_region(GuestAddress(self.first.checked_mul(PAGE)?))?;
+        let offset = self.first * PAGE - region.start_addr().0;
+        let length = self.count.checked_mul(PAGE)?.min(region.len() - offset);
+        Some((region, offset, length))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::{image, memory};
+
+    const SIZE: u64 = 32 << 20;
+
+    fn restored() -> GuestMemory {
+        let first = memory::create(SIZE).unwrap();
+        (0..SIZE / PAGE).for_each(|page| first.write_obj(page + 1, GuestAddress(page * PAGE)).unwrap());
+        let file = tempfile::tempfile().unwrap();
+        image::write(&first, &file).unwrap();
+        let memory = memory::create(SIZE).unwrap();
+        image::map(&memory, &file).unwrap();
+        memory
+    }
+
+    #[test]
+    fn what_is_touched_is_found_and_provided() {
+        let memory = restored();
+        assert_eq!(Touched::of(&memory).unwrap(), Touched::default());
+        memory.write_obj(1_u8, GuestAddress(100 * PAGE)).unwrap();
+        memory.write_obj(1_u8, GuestAddress(102 * PAGE)).unwrap();
+        memory.read_obj::<u8>(GuestAddress(3000 * PAGE)).unwrap();
+        let touched = Touched::of(&memory).unwrap();
+        assert_eq!(touched.written, [Stretch { first: 100, count: 3 }]);
+        // The host maps what lies around it, too.
+        assert!(
+            touched.read.iter().any(|stretch| (stretch.first..stretch.first + stretch.count).contains(&3000))
+        );
+
+        let other = restored();
+        touched.provide(&other);
+        let provided = Touched::of(&other).unwrap();
+        assert_eq!(provided.written, touched.written);
+        assert!(
+            provided
+                .read
+                .iter()
+                .any(|stretch| (stretch.first..stretch.first + stretch.count).contains(&3000))
+        );
+        assert_eq!(other.read_obj::<u64>(GuestAddress(100 * PAGE)).unwrap(), 101);
+    }
+
+    #[test]
+    fn stretches_that_are_close_become_one() {
+        let mut list = Vec::new();
+        [1, 2, 7, 13, 14].iter().for_each(|page| add(&mut list, *page));
+        assert_eq!(list, [Stretch { first: 1, count: 7 }, Stretch { first: 13, count: 2 }]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_list_reaches_beyond_the_memory(first: u64, count: u64) {
+            let memory = memory::create(SIZE).unwrap();
+            let stretch = Stretch { first, count };
+            if let Some((region, offset, length)) = stretch.within(&memory) {
+                prop_assert!(offset + length <= region.len());
+            }
+            let list = vec![Stretch { first: first % 10_000, count }];
+            Touched { read: list, written: Vec::new() }.provide(&memory);
+        }
+    }
+}
