@@ -87,6 +87,7 @@ struct Globals {
 }
 
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Create a container: boot its microVM, and wait for `start`
     Create(lifecycle::CreateArguments),
