@@ -41,12 +41,7 @@ const AGENT: &str = "agent";
 /// What users install.
 const PRODUCT: &[Program] = &[
     Program { package: "rvm", binary: "rvm", profile: RELEASE, installed: "bin/rvm" },
-    Program {
-        package: "rvm-agent",
-        binary: "rvm-agent",
-        profile: AGENT,
-        installed: "lib/rvm/rvm-agent",
-    },
+    Program { package: "rvm-agent", binary: "rvm-agent", profile: AGENT, installed: "lib/rvm/rvm-agent" },
 ];
 
 /// The guest's kernel among the installed files.
