@@ -34,12 +34,16 @@ pub enum Phase {
     GuestResumed,
     /// The agent in the guest has answered.
     AgentUp,
+    /// The container's network is connected with the machine, as far as it has one.
+    NetworkReady,
     /// `start` has asked for the container's process.
     StartAsked,
     /// The container's program was executed.
     ContainerExec,
     /// The container's process has ended.
     Exit,
+    /// The container is deleted, and nothing of it is left.
+    Deleted,
 }
 
 impl Phase {
@@ -54,9 +58,11 @@ impl Phase {
             Phase::KernelEntry => "kernel entered",
             Phase::GuestResumed => "guest resumed",
             Phase::AgentUp => "agent up",
+            Phase::NetworkReady => "network connected",
             Phase::StartAsked => "start asked",
             Phase::ContainerExec => "program executed",
             Phase::Exit => "program ended",
+            Phase::Deleted => "deleted",
         }
     }
 }
@@ -91,6 +97,11 @@ impl Timeline {
     pub fn mark_at(&mut self, phase: Phase, instant: Instant) {
         let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(0);
         self.insert(phase, now().saturating_sub(ago));
+    }
+
+    /// Records that a phase was reached when another process said by [`now`].
+    pub fn mark_told(&mut self, phase: Phase, at: u64) {
+        self.insert(phase, at.min(now()));
     }
 
     fn insert(&mut self, phase: Phase, at: u64) {
@@ -143,7 +154,8 @@ fn milliseconds(nanoseconds: u64) -> f64 {
     nanoseconds as f64 / 1e6
 }
 
-fn now() -> u64 {
+/// This instant, by a clock that all processes share, in nanoseconds.
+pub fn now() -> u64 {
     // CLOCK_MONOTONIC exists on every Linux, and is never negative.
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map(|time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)

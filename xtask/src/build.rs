@@ -29,13 +29,19 @@ const LIBSECCOMP: &[(&str, &str)] =
 struct Program {
     package: &'static str,
     binary: &'static str,
+    profile: &'static str,
     installed: &'static str,
 }
 
+/// Profile of all but the agent.
+pub const RELEASE: &str = "release";
+/// As small as can be: see `Cargo.toml`.
+const AGENT: &str = "agent";
+
 /// What users install.
 const PRODUCT: &[Program] = &[
-    Program { package: "rvm", binary: "rvm", installed: "bin/rvm" },
-    Program { package: "rvm-agent", binary: "rvm-agent", installed: "lib/rvm/rvm-agent" },
+    Program { package: "rvm", binary: "rvm", profile: RELEASE, installed: "bin/rvm" },
+    Program { package: "rvm-agent", binary: "rvm-agent", profile: AGENT, installed: "lib/rvm/rvm-agent" },
 ];
 
 /// The guest's kernel among the installed files.
@@ -45,11 +51,16 @@ const KERNEL: &str = "lib/rvm/vmlinux";
 const BZIMAGE: &str = "lib/rvm-tests/bzImage";
 
 /// The end-to-end suites.
-const SUITES: Program = Program { package: "rvm-tests", binary: "rvm-e2e", installed: "bin/rvm-e2e" };
+const SUITES: Program =
+    Program { package: "rvm-tests", binary: "rvm-e2e", profile: RELEASE, installed: "bin/rvm-e2e" };
 
 /// What the measurements of files run inside of containers.
-const WORKLOAD: Program =
-    Program { package: "rvm-tests", binary: "rvm-workload", installed: "lib/rvm-tests/workload" };
+const WORKLOAD: Program = Program {
+    package: "rvm-tests",
+    binary: "rvm-workload",
+    profile: RELEASE,
+    installed: "lib/rvm-tests/workload",
+};
 
 /// Builds kernel and programs as far as they are not up to date; returns the directory that holds them.
 pub fn artefacts() -> Result<PathBuf> {
@@ -90,7 +101,7 @@ const UNIT_TESTS: &[&str] =
 /// Builds the unit tests that run in the test host, too, and installs them among the artefacts.
 pub fn unit_tests() -> Result<Vec<TestProgram>> {
     packages::ensure(PACKAGES)?;
-    let mut command = static_cargo("test");
+    let mut command = static_cargo("test", RELEASE);
     command.arg("--no-run").args(UNIT_TESTS).arg("--message-format=json-render-diagnostics");
     let output =
         command.stderr(Stdio::inherit()).output().context("cannot start the build of the unit tests")?;
@@ -137,25 +148,31 @@ pub fn directory() -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Builds `programs` in release and installs them among the artefacts.
+/// Builds `programs` and installs them among the artefacts.
 fn programs(programs: &[Program]) -> Result<()> {
     packages::ensure(PACKAGES)?;
-    let mut command = static_cargo("build");
-    for program in programs {
-        command.args(["--package", program.package, "--bin", program.binary]);
-    }
-    checked(&mut command, "the build")?;
-    let built = target_directory()?.join(TARGET).join("release");
-    for program in programs {
-        install(&built.join(program.binary), &cache::artefacts_dir().join(program.installed), 0o755)?;
+    for profile in [RELEASE, AGENT] {
+        let programs: Vec<_> = programs.iter().filter(|program| program.profile == profile).collect();
+        if programs.is_empty() {
+            continue;
+        }
+        let mut command = static_cargo("build", profile);
+        for program in &programs {
+            command.args(["--package", program.package, "--bin", program.binary]);
+        }
+        checked(&mut command, "the build")?;
+        let built = target_directory()?.join(TARGET).join(profile);
+        for program in programs {
+            install(&built.join(program.binary), &cache::artefacts_dir().join(program.installed), 0o755)?;
+        }
     }
     Ok(())
 }
 
-/// cargo's `subcommand` for static programs in release.
-pub fn static_cargo(subcommand: &str) -> Command {
+/// cargo's `subcommand` for static programs.
+pub fn static_cargo(subcommand: &str, profile: &str) -> Command {
     let mut command = cargo();
-    command.args([subcommand, "--release", "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
+    command.args([subcommand, "--profile", profile, "--target", TARGET]).env("RUSTFLAGS", RUSTFLAGS);
     command.envs(LIBSECCOMP.iter().copied());
     command
 }

@@ -25,6 +25,12 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/fuse-directory-access.patch"),
     include_str!("../../kernels/patches/fuse-readdir.patch"),
     include_str!("../../kernels/patches/fuse-notices.patch"),
+    include_str!("../../kernels/patches/fuse-tag.patch"),
+    include_str!("../../kernels/patches/boot-io-apic.patch"),
+    include_str!("../../kernels/patches/boot-text.patch"),
+    include_str!("../../kernels/patches/boot-init-memory.patch"),
+    include_str!("../../kernels/patches/boot-cpuid.patch"),
+    include_str!("../../kernels/patches/slab-sysfs.patch"),
 ];
 
 /// What the build needs from Debian.

@@ -24,7 +24,7 @@ use crate::container::{Container, Lock, ProcessHandle, ProcessIdentity, delete, 
 use crate::error::Error;
 use crate::signals::{self, Signals};
 use crate::stdio;
-use crate::timeline::Timeline;
+use crate::timeline::{Phase, Timeline};
 
 /// How long the monitor of a container that was not started may take to end by a signal.
 const END_PATIENCE: Duration = Duration::from_secs(5);
@@ -152,12 +152,14 @@ impl Foreground<'_> {
     fn finish(&self, container: &Container, status: std::process::ExitStatus) -> Result<ExitCode, Error> {
         use std::os::unix::process::ExitStatusExt;
         let failure = container.last_words();
-        let timeline: Option<Timeline> = container.folder().read_json(folder::TIMELINE).ok().flatten();
+        let mut timeline: Option<Timeline> = container.folder().read_json(folder::TIMELINE).ok().flatten();
         if !self.arguments.keep {
             let deleted = delete::delete(&self.context.root, container.id(), true, &self.context.log);
             if let Err(error) = deleted {
                 // The exit code is what the caller waits for.
                 self.context.log.warning(format!("the container has ended, but cannot be deleted: {error}"));
+            } else if let Some(timeline) = &mut timeline {
+                timeline.mark(Phase::Deleted);
             }
         }
         match (timeline, self.arguments.timeline) {

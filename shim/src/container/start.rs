@@ -13,6 +13,7 @@ use crate::hooks::{self, HookError, HookKind};
 use crate::logging::Log;
 use crate::network::follow::{self, Assignment};
 use crate::network::{self, Connected, NetworkError};
+use crate::timeline;
 
 /// Why a container could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -58,11 +59,13 @@ pub fn start(container: &Container, log: &Log) -> Result<(), StartError> {
     let connection = container.connect()?;
     let namespace = open_network(container)?;
     let connected = network::connect(namespace.as_fd())?;
+    let connected_at = timeline::now();
     for interface in &connected.wiring.config.interfaces {
         log.debug(format!("{}: connected {} ({:?})", container.id(), interface.name, interface.addresses));
     }
     let oom_reports = prepare_oom_reports(container, log);
-    ask(container, &connection, &connected, oom_reports)?;
+    let command = Command::Start { wiring: connected.wiring.clone(), connected_at };
+    ask(container, &connection, &command, &connected.taps, oom_reports)?;
     follow_network(container, connected, &namespace, log);
     warm_up(container, log);
     let state = container.record.report(Status::Running).to_json();
@@ -127,13 +130,13 @@ fn prepare_oom_reports(container: &Container, log: &Log) -> Option<File> {
 fn ask(
     container: &Container,
     connection: &Connection,
-    connected: &Connected,
+    command: &Command,
+    taps: &[impl AsFd],
     oom_reports: Option<File>,
 ) -> Result<(), StartError> {
     let descriptors: Vec<_> =
-        connected.taps.iter().map(AsFd::as_fd).chain(oom_reports.as_ref().map(AsFd::as_fd)).collect();
-    let command = Command::Start(connected.wiring.clone());
-    connection.order(&command, &descriptors).map_err(|error| match error {
+        taps.iter().map(AsFd::as_fd).chain(oom_reports.as_ref().map(AsFd::as_fd)).collect();
+    connection.order(command, &descriptors).map_err(|error| match error {
         ControlError::Refused(refusal) => StartError::Refused(refusal),
         error => container.conversation_failed(error).into(),
     })

@@ -27,7 +27,12 @@ use crate::network::Wiring;
 pub enum Command {
     /// Start the container's process. A tap's descriptor goes along for each interface, in their order, and one more
     /// where kills for want of memory can be told to the engine.
-    Start(Wiring),
+    Start {
+        /// How the network is connected.
+        wiring: Wiring,
+        /// Since when, for the timeline.
+        connected_at: u64,
+    },
     /// The network has changed. A tap's descriptor goes along for each interface whose device is new, in their order.
     Network(Wiring),
     /// Signal the container's process, or all its processes.
@@ -64,7 +69,7 @@ impl Command {
     /// What it asks for, in a word or two for the log.
     pub fn name(&self) -> &'static str {
         match self {
-            Command::Start(_) => "start",
+            Command::Start { .. } => "start",
             Command::Network(_) => "change the network",
             Command::Signal { .. } => "signal",
             Command::Exec(_) => "execute a process",

@@ -86,13 +86,15 @@ pub fn restore(shape: Shape, template: &Template, timeline: &mut Timeline) -> Re
 pub fn build(
     shape: Shape,
     kernel: File,
-    mut agent: File,
+    agent: File,
     disks: Vec<OpenDisk>,
     timeline: &mut Timeline,
 ) -> Result<Built, MonitorError> {
     let files = FileServer::prepare()?;
-    let initramfs =
-        initramfs::build(&mut agent).map_err(MonitorError::system("cannot read the guest's agent"))?;
+    let initramfs = agent
+        .metadata()
+        .and_then(|metadata| initramfs::build(agent, metadata.len()))
+        .map_err(MonitorError::system("cannot read the guest's agent"))?;
     // `create` opened the image; its name is for the error message alone.
     let name = std::fs::read_link(format!("/proc/self/fd/{}", kernel.as_raw_fd())).unwrap_or_default();
     let machine = Machine::new(MachineConfig {

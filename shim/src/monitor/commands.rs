@@ -45,7 +45,10 @@ impl Service {
     pub(super) fn on_command(&mut self, client: ClientId, packet: Packet<Command>) {
         self.log.debug(format!("{}: asked to {}", self.setup.id, packet.message.name()));
         let done = match packet.message {
-            Command::Start(wiring) => self.on_start(client, wiring, packet.descriptors),
+            Command::Start { wiring, connected_at } => {
+                self.setup.timeline.mark_told(Phase::NetworkReady, connected_at);
+                self.on_start(client, wiring, packet.descriptors)
+            }
             Command::Network(wiring) => self.on_network(client, wiring, packet.descriptors),
             Command::Signal { signal, all } => self.on_signal_command(client, signal, all),
             Command::Exec(exec) => self.on_exec(client, &exec),

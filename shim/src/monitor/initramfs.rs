@@ -1,25 +1,30 @@
 //! The guest's first file system: the agent as `/init`, and nothing else.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read};
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 /// No agent is this large; the archive's format holds 4 GiB.
 const MAX_AGENT: u64 = 256 << 20;
+/// Room for a header, a name, padding and the end.
+const FRAME: usize = 1024;
+/// How much is read at once: few system calls, and what is read stays in the processor's cache until it is copied.
+const PIECE: usize = 256 << 10;
 
-/// Makes the archive around the agent's program.
-pub fn build(agent: &mut impl Read) -> io::Result<Vec<u8>> {
-    let mut program = Vec::new();
-    agent.take(MAX_AGENT).read_to_end(&mut program)?;
-    let mut archive = Vec::with_capacity(program.len() + 1024);
+/// Makes the archive around the agent's program of this size.
+pub fn build(agent: impl Read, size: u64) -> io::Result<Vec<u8>> {
+    if size > MAX_AGENT {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let mut archive = Vec::with_capacity(size as usize + FRAME);
     // The kernel opens /dev/console for its first process, in the folder that it makes itself.
-    let mut writer =
-        Builder::new("init").mode(0o755).set_mode_file_type(ModeFileType::Regular).nlink(1).write(
-            &mut archive,
-            // MAX_AGENT is far below 4 GiB, so the cast keeps the value.
-            program.len() as u32,
-        );
-    writer.write_all(&program)?;
+    let builder = Builder::new("init").mode(0o755).set_mode_file_type(ModeFileType::Regular).nlink(1);
+    // MAX_AGENT is far below 4 GiB, so the cast keeps the value.
+    let mut writer = builder.write(&mut archive, size as u32);
+    let copied = io::copy(&mut BufReader::with_capacity(PIECE, agent.take(size)), &mut writer)?;
+    if copied < size {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     writer.finish()?;
     trailer(&mut archive)?;
     Ok(archive)
@@ -32,7 +37,7 @@ mod tests {
     #[test]
     fn the_archive_holds_an_executable_init() {
         let program = b"\x7fELF and so on";
-        let archive = build(&mut program.as_slice()).unwrap();
+        let archive = build(program.as_slice(), program.len() as u64).unwrap();
         assert!(archive.starts_with(b"070701"));
         assert_eq!(archive.len() % 4, 0);
 
@@ -44,5 +49,15 @@ mod tests {
         assert_eq!(content, program);
         let rest = reader.finish().unwrap();
         assert!(cpio::newc::Reader::new(rest).unwrap().entry().is_trailer());
+    }
+
+    #[test]
+    fn a_program_that_is_not_of_its_size_is_no_init() {
+        assert_eq!(build(b"cut".as_slice(), 4).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(build(io::repeat(0), MAX_AGENT + 1).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        let grown = build(b"grown".as_slice(), 4).unwrap();
+        let mut content = Vec::new();
+        cpio::newc::Reader::new(grown.as_slice()).unwrap().read_to_end(&mut content).unwrap();
+        assert_eq!(content, b"grow");
     }
 }

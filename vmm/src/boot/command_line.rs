@@ -6,7 +6,7 @@ use super::BootError;
 use crate::layout;
 
 /// What each guest is told, and why.
-const BASE: [&str; 8] = [
+const BASE: [&str; 9] = [
     // Kernel messages, and only those that matter: each byte costs an exit.
     "console=ttyS0",
     "quiet",
@@ -20,6 +20,8 @@ const BASE: [&str; 8] = [
     "i8042.nokbd",
     // The timer is the local APIC's: no need to check that the interrupt of an old one arrives.
     "no_timer_check",
+    // A single processor would have the lock prefixes of all the kernel's code taken out, thousands of places one by one.
+    "noreplace-smp",
 ];
 
 /// The command line for a machine with so many slots.

@@ -129,7 +129,7 @@ fn build_validation(work: &Path, made: &Path) -> Result<()> {
 /// One program for all tests, one that runs inside containers, and the containers' root.
 fn build_contest(work: &Path, made: &Path) -> Result<()> {
     let target = work.join("target");
-    let mut cargo = build::static_cargo("build");
+    let mut cargo = build::static_cargo("build", build::RELEASE);
     cargo.args(["--locked", "--package", "contest", "--package", "runtimetest", "--target-dir"]).arg(&target);
     process::run(cargo.current_dir(work).env_remove("CARGO_TARGET_DIR").stdin(Stdio::null()))?;
     for program in ["contest", "runtimetest"] {
