@@ -31,6 +31,7 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/boot-init-memory.patch"),
     include_str!("../../kernels/patches/boot-cpuid.patch"),
     include_str!("../../kernels/patches/slab-sysfs.patch"),
+    include_str!("../../kernels/patches/page-reporting.patch"),
 ];
 
 /// What the build needs from Debian.
