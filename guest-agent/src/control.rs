@@ -147,4 +147,25 @@ mod tests {
         let nothing = std::io::Read::read(&mut host, &mut [0]).unwrap_err();
         assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
     }
+
+    #[test]
+    fn a_connection_that_is_reset_is_told_from_one_that_is_closed() {
+        let after = |is_reset: bool| {
+            let (guest, host) = UnixStream::pair().unwrap();
+            guest.set_nonblocking(true).unwrap();
+            let poller = Poller::new().unwrap();
+            let mut control = Control::new(guest.into(), &poller).unwrap();
+            control.receive(EpollFlags::EPOLLOUT).unwrap();
+            if is_reset {
+                // A socket that goes with something unread resets its connection.
+                control.send(&FromAgent::OutOfMemory);
+                control.flush(&poller).unwrap();
+            }
+            drop(host);
+            let error = control.receive(EpollFlags::EPOLLIN).unwrap_err();
+            control.was_reset(&error)
+        };
+        assert!(after(true));
+        assert!(!after(false));
+    }
 }

@@ -119,8 +119,16 @@ impl Built {
     }
 
     /// Plugs the devices and lets the vCPUs run. What is served to the guest is the tree below `root`.
-    pub fn start(self, root: &Path, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
-        let Built { machine, template, files, disks } = self;
+    pub fn start(mut self, root: &Path, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
+        let template = self.template.take();
+        let booting = self.launch(root, template.is_some(), timeline);
+        // Whatever it was: the next container is not to meet with the same.
+        let booting = booting.inspect_err(|_| template.iter().for_each(Template::discard))?;
+        Ok(Booting { template, ..booting })
+    }
+
+    fn launch(self, root: &Path, goes_on: bool, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
+        let Built { machine, files, disks, template } = self;
         let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
@@ -137,13 +145,13 @@ impl Built {
         for (slot, disk) in disk_slots(disks.len()).zip(disks) {
             machine.plug(slot, Box::new(BlockDevice::new(disk.device, disk.read_only)?))?;
         }
-        if template.is_some() {
+        if goes_on {
             // The connections of the guest that was captured.
             guest.reset_transport()?;
         }
         machine.start()?;
         if let Some(entry) = machine.timeline().kernel_entry {
-            let phase = if template.is_some() { Phase::GuestResumed } else { Phase::KernelEntry };
+            let phase = if goes_on { Phase::GuestResumed } else { Phase::KernelEntry };
             timeline.mark_at(phase, entry);
         }
         Ok(Booting { machine, control, streams, lookups, events, template })

@@ -29,6 +29,8 @@ pub const SUBCOMMAND: &str = "make-template";
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a guest that is up is left alone, so that it is idle when it is captured.
 const REST: Duration = Duration::from_millis(300);
+/// Larger guests get no template by themselves: what their kernel notes of each page takes hundreds of MiB of it.
+const MOST_MEMORY: u64 = 16 << 30;
 /// How often its clock is set, to find out how short a time that can take.
 const CLOCK_ATTEMPTS: u32 = 32;
 
@@ -181,7 +183,11 @@ impl WarmUp {
         let failed = TemplateError::system("cannot look at kernel and agent");
         let key = Key::of(kernel, agent, shape, boot::SLOTS).map_err(failed)?;
         let store = Store::new(&self.folder);
-        if store.has(key) || store.has_failed_lately() || store.lock(false)?.is_none() {
+        if shape.memory > MOST_MEMORY
+            || store.has(key)
+            || store.has_failed_lately()
+            || store.lock(false)?.is_none()
+        {
             return Ok(());
         }
         let assignment = Assignment { folder: self.folder.clone(), shape, log_format: log.format() };

@@ -32,7 +32,7 @@ pub fn folder() -> Option<PathBuf> {
     match std::env::var_os(VARIABLE) {
         None => Some(PathBuf::from(FOLDER)),
         Some(value) if value.is_empty() || value == "off" => None,
-        Some(value) => Some(PathBuf::from(value)),
+        Some(value) => std::path::absolute(value).ok(),
     }
 }
 

@@ -339,11 +339,11 @@ fn new_file(path: &Path) -> io::Result<File> {
 
 /// Removes the folder of a template: the state first, so that a half of it is none.
 fn remove_folder(path: &Path) -> io::Result<()> {
-    let _ = fs::remove_file(path.join(STATE));
-    match fs::symlink_metadata(path)?.is_dir() {
-        true => fs::remove_dir_all(path),
-        false => fs::remove_file(path),
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return fs::remove_file(path);
     }
+    let _ = fs::remove_file(path.join(STATE));
+    fs::remove_dir_all(path)
 }
 
 #[cfg(test)]

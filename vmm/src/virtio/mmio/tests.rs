@@ -10,6 +10,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::*;
 use crate::virtio::ActivateError;
 
+mod state;
+
 const MEMORY: usize = 1 << 20;
 const FEATURE: u64 = 1 << 5;
 const CONFIG_OFFSET: u64 = VIRTIO_MMIO_CONFIG as u64;
