@@ -10,6 +10,7 @@ mod beside_runc;
 mod bundle;
 mod command;
 mod compare;
+mod counts;
 mod daemon;
 mod daemons;
 mod engines;
@@ -62,6 +63,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("limits", limits::STORIES),
     ("memory", memory::STORIES),
     ("compare", compare::STORIES),
+    ("counts", counts::STORIES),
     ("execs", execs::STORIES),
     ("streams", streams::STORIES),
     ("specification", specification::STORIES),

@@ -11,6 +11,7 @@ use crate::command::{docker, docker_start, eventually, rvm, shell};
 pub const STORIES: &[(&str, Story)] = &[
     ("what_is_freed_goes_back_to_the_host", what_is_freed_goes_back_to_the_host),
     ("stats_tell_what_containers_cost", stats_tell_what_containers_cost),
+    ("sixty_containers_run_at_once", sixty_containers_run_at_once),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -66,4 +67,39 @@ fn stats_tell_what_containers_cost() -> Result<()> {
         .iter()
         .try_for_each(|name| rvm(&["delete", "--force", name])?.expect_code(0).map(drop))?;
     rvm(&["stats", "story-one"])?.expect_failure(&["story-one"]).map(drop)
+}
+
+/// How many containers start one after another, and then as many at the same time.
+const HALF: usize = 30;
+
+fn sixty_containers_run_at_once() -> Result<()> {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    let path = bundle.path();
+    // So that none of them boots, and all share what they have not changed.
+    rvm(&["template", "create"])?.expect_code(0)?;
+    let start = |name: &str| format!("rvm run --detach --bundle {path} {name} </dev/null >/dev/null 2>&1");
+    for number in 0..HALF {
+        shell(&start(&format!("story-{number}")))?.expect_code(0)?;
+    }
+    shell(&format!(
+        "for i in $(seq {HALF} {}); do {} & pids=\"$pids $!\"; done; for p in $pids; do wait $p || exit 1; done",
+        2 * HALF - 1,
+        start("story-$i")
+    ))?
+    .expect_code(0)?;
+
+    for number in 0..2 * HALF {
+        rvm(&["exec", &format!("story-{number}"), "echo", "here"])?.expect_text("here")?;
+    }
+    let shown = rvm(&["stats", "--format", "json"])?.expect_code(0)?.text();
+    let rows: Vec<Value> = serde_json::from_str(&shown)?;
+    let total: u64 = rows.iter().filter_map(|row| row["total"].as_u64()).sum();
+    ensure!(rows.len() == 2 * HALF, "{} of them run", rows.len());
+    ensure!(total / (2 * HALF as u64) < 20 * MIB, "each costs {} bytes: {shown}", total / (2 * HALF as u64));
+
+    // Whatever stays of any of them is found after the story.
+    for number in 0..2 * HALF {
+        rvm(&["delete", "--force", &format!("story-{number}")])?.expect_code(0)?;
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: figures of rvm beside those of runc, taken in the test host.
 
 mod files;
+mod start;
 
 use std::process::ExitCode;
 
@@ -16,6 +17,8 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// How long starts take beside other runtimes, and what they take, as JSON
+    Start(start::StartArgs),
     /// How fast files of a volume are
     Files(files::FilesArgs),
 }
@@ -23,6 +26,7 @@ enum What {
 /// Runs the chore.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     match &args.what {
+        What::Start(args) => start::run(args),
         What::Files(args) => files::run(args),
     }
 }

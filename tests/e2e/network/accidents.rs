@@ -121,9 +121,8 @@ fn traces() -> Result<Traces> {
     })
 }
 
-/// Two hundred would take ten minutes where the processor is emulated, at three seconds each. What is lost with each
-/// of them shows with ten as well.
-const CYCLES: usize = 10;
+/// How many containers come and go.
+const CYCLES: usize = 200;
 
 fn containers_come_and_go_in_one_namespace() -> Result<()> {
     let namespace = Namespace::new()?;

@@ -1,0 +1,45 @@
+//! What a start takes that does not depend on how fast the machine is. Whoever makes a start dearer hears of it here.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::Story;
+use crate::bundle::Bundle;
+use crate::command::run;
+
+pub const STORIES: &[(&str, Story)] =
+    &[("a_start_takes_no_more_than_it_did", a_start_takes_no_more_than_it_did)];
+
+/// The same script makes the figures of `cargo xtask bench start`.
+const COUNT: &str = include_str!("../counts/count");
+
+/// The most that may be counted: some two fifths above what was counted when it was set.
+const BOUNDS: &[(&str, &str, u64)] = &[
+    ("cold", "exits", 1_150),
+    ("cold", "faults", 1_400),
+    ("cold", "bytesRead", 26_000_000),
+    ("template", "exits", 660),
+    ("template", "faults", 4_500),
+    ("template", "bytesRead", 2_900_000),
+    ("exec", "exits", 125),
+    ("exec", "faults", 370),
+    ("exec", "bytesRead", 5_200),
+];
+
+fn a_start_takes_no_more_than_it_did() -> Result<()> {
+    let short = Bundle::new(&["true"])?;
+    let cold =
+        Bundle::new(&["true"])?.edit(|config| config["annotations"]["dev.rvm.template"] = json!("off"))?;
+    let long = Bundle::new(&["sleep", "1000"])?;
+    let counted =
+        run("sh", &["-c", COUNT, "count", short.path(), cold.path(), long.path()])?.expect_code(0)?.text();
+    let counts: Value = serde_json::from_str(&counted).with_context(|| counted.clone())?;
+    for (path, what, bound) in BOUNDS {
+        let count = counts[path][what].as_u64().with_context(|| format!("no {what} of {path}: {counted}"))?;
+        ensure!(count > 0, "{what} of {path} are not counted: {counted}");
+        ensure!(count <= *bound, "{what} of {path}: {count}, which is more than {bound}; all: {counted}");
+    }
+    let of = |path: &str| counts[path]["exits"].as_u64().unwrap_or_default();
+    ensure!(of("template") < of("cold"), "a template spares many of them: {counted}");
+    Ok(())
+}
