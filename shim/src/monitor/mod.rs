@@ -232,7 +232,9 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let template = find_template(&setup, &kernel, &agent, &log);
     setup::enter_namespaces(&spec)?;
     let resolver = Resolver::open()
-        .inspect_err(|error| log.warning(format!("the container's names will not be looked up: {error}")))
+        .inspect_err(|error| {
+            log.warning_now(&format!("the container's names will not be looked up: {error}"))
+        })
         .ok();
     let _overlay = setup.lower.as_deref().map(|lower| Overlay::mount(lower, &setup.rootfs)).transpose()?;
     let rootfs = Rootfs::prepare_spec(&setup.rootfs, &spec)?;

@@ -26,7 +26,7 @@ pub struct StartArgs {
     report: Option<PathBuf>,
 }
 
-/// Counts, with bundles that it makes in a folder of its own.
+/// Counts, with the bundles that the other script makes in a folder of its own.
 const COUNT: &str = include_str!("../../../tests/counts/count");
 const BUNDLES: &str = r##"
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT && cd "$work" && mkdir -p short/rootfs/bin cold long
@@ -35,7 +35,7 @@ ln -s busybox short/rootfs/bin/true && ln -s busybox short/rootfs/bin/sleep
 rvm spec --bundle short && sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"true"/; s#"rootfs"#"'"$work"'/short/rootfs"#' short/config.json
 sed 's/"ociVersion"/"annotations": { "dev.rvm.template": "off" }, "ociVersion"/' short/config.json >cold/config.json
 sed 's/"true"$/"sleep", "1000"/' short/config.json >long/config.json
-set -- short cold long
+sh -c "$1" count short cold long
 "##;
 /// Where the test host keeps the page.
 const PAGE: &str = "/root/compared.html";
@@ -46,12 +46,8 @@ pub fn run(args: &StartArgs) -> Result<ExitCode> {
     let turn = Turn::begin()?;
     build::artefacts()?;
     let host = Host::ensure()?;
-    let counts: Value = serde_json::from_str(&process::text(&mut host.command([
-        "sh",
-        "-c",
-        &format!("{BUNDLES}\n{COUNT}"),
-    ]))?)
-    .context("the counts are no JSON")?;
+    let counts = process::text(&mut host.command(["sh", "-c", BUNDLES, "bench", COUNT]))?;
+    let counts: Value = serde_json::from_str(&counts).context("the counts are no JSON")?;
     let rounds = args.rounds.to_string();
     let words = ["rvm", "compare", "-n", &rounds, "--format", "json", "--report", PAGE];
     let compared: Value = serde_json::from_str(&process::text(&mut host.command(words))?)
