@@ -22,25 +22,27 @@ const CONFIGURATION: &str = "/etc/docker/daemon.json";
 impl ByDefault {
     fn new() -> Result<ByDefault> {
         let default = ByDefault { configuration: fs::read_to_string(CONFIGURATION)? };
-        let mut changed: serde_json::Value = serde_json::from_str(&default.configuration)?;
-        changed["default-runtime"] = "rvm".into();
-        reload(&changed.to_string(), "rvm")?;
+        default.name("rvm")?;
         Ok(default)
+    }
+
+    fn name(&self, runtime: &str) -> Result<()> {
+        let mut changed: serde_json::Value = serde_json::from_str(&self.configuration)?;
+        changed["default-runtime"] = runtime.into();
+        fs::write(CONFIGURATION, changed.to_string())?;
+        shell("kill -HUP $(cat /var/run/docker.pid)")?.expect_code(0)?;
+        eventually("the daemon has taken its configuration", || {
+            Ok(run("docker", &["info", "-f", "{{.DefaultRuntime}}"])?.text() == runtime)
+        })
     }
 }
 
 impl Drop for ByDefault {
     fn drop(&mut self) {
-        let _ = reload(&self.configuration, "runc");
+        // The daemon keeps what a configuration does not name any more.
+        let _ = self.name("runc");
+        let _ = fs::write(CONFIGURATION, &self.configuration);
     }
-}
-
-fn reload(configuration: &str, expected: &str) -> Result<()> {
-    fs::write(CONFIGURATION, configuration)?;
-    shell("kill -HUP $(cat /var/run/docker.pid)")?.expect_code(0)?;
-    eventually("the daemon has taken its configuration", || {
-        Ok(run("docker", &["info", "-f", "{{.DefaultRuntime}}"])?.text() == expected)
-    })
 }
 
 fn an_api_and_its_database_live_in_microvms() -> Result<()> {
