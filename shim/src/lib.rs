@@ -22,6 +22,7 @@ pub mod logging;
 pub mod monitor;
 mod mountinfo;
 pub mod network;
+mod programs;
 pub mod reexec;
 pub mod rootfs;
 pub mod seccomp;

@@ -15,14 +15,11 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::GuestMemory;
+use crate::pagemap::{PAGE, Pagemap};
+use crate::{GuestMemory, memory};
 
-const PAGE: usize = 4096;
 /// What is mapped or not as a whole: a huge page.
 const STRETCH: u64 = 2 << 20;
-/// Bits of an entry of /proc/self/pagemap: there is a page, in memory or swapped out.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
 
 /// Why memory could not be written to a file, or be had from one.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +45,7 @@ pub enum ImageError {
 
 /// Writes all memory to an empty file.
 pub(crate) fn write(memory: &GuestMemory, file: &File) -> Result<(), ImageError> {
-    let pages = File::open("/proc/self/pagemap").ok();
+    let pages = Pagemap::open().ok();
     let mut buffer = vec![0; STRETCH as usize];
     let mut offset = 0;
     for region in memory.iter() {
@@ -68,22 +65,17 @@ pub(crate) fn write(memory: &GuestMemory, file: &File) -> Result<(), ImageError>
 }
 
 /// Whether the host has any page for a stretch of the guest's memory. Where that cannot be told, there may be.
-fn has_pages(pages: Option<&File>, region: &GuestRegionMmap, start: u64, length: u64) -> bool {
-    let Some(pages) = pages else { return true };
-    let first = (region.as_ptr() as u64 + start) / PAGE as u64;
-    let mut entries = vec![0; length.div_ceil(PAGE as u64) as usize * size_of::<u64>()];
-    if pages.read_exact_at(&mut entries, first * size_of::<u64>() as u64).is_err() {
-        return true;
-    }
-    let (entries, _) = entries.as_chunks();
-    entries.iter().any(|entry| u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0)
+fn has_pages(pages: Option<&Pagemap>, region: &GuestRegionMmap, start: u64, length: u64) -> bool {
+    let address = region.as_ptr() as u64 + start;
+    let entries = pages.and_then(|pages| pages.read(address, length.div_ceil(PAGE)).ok());
+    entries.is_none_or(|entries| entries.iter().any(|entry| entry.exists()))
 }
 
 /// Writes the pages that are not zero, those beside one another together.
 fn write_pages(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
     let is_empty = |page: &[u8]| page.iter().all(|byte| *byte == 0);
     let mut start = 0;
-    for run in data.chunks(PAGE).collect::<Vec<_>>().chunk_by(|a, b| is_empty(a) == is_empty(b)) {
+    for run in data.chunks(PAGE as usize).collect::<Vec<_>>().chunk_by(|a, b| is_empty(a) == is_empty(b)) {
         let length: usize = run.iter().map(|page| page.len()).sum();
         if !run.first().is_none_or(|page| is_empty(page)) {
             file.write_all_at(&data[start..start + length], offset + start as u64)?;
@@ -96,7 +88,7 @@ fn write_pages(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
 /// Puts what is in the file where memory is that nobody has touched yet.
 pub(crate) fn map(memory: &GuestMemory, file: &File) -> Result<(), ImageError> {
     let found = file.metadata().map_err(ImageError::Map)?.len();
-    let expected = memory.iter().map(GuestMemoryRegion::len).sum();
+    let expected = memory::size(memory);
     if found != expected {
         return Err(ImageError::Size { found, expected });
     }
@@ -160,7 +152,6 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
-    use crate::memory;
 
     const SIZE: u64 = 64 << 20;
 

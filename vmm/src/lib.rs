@@ -15,6 +15,7 @@ mod image;
 mod layout;
 pub mod machine;
 mod memory;
+mod pagemap;
 mod serial;
 mod touched;
 mod vcpu;

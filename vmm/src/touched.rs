@@ -4,10 +4,8 @@
 //! one machine has touched in its first moments the next one will, too, so all that can be done in one go before it
 //! starts. It is a hint: whatever the list says, a machine does the same, earlier or later.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 
 use kvm_bindings::kvm_pre_fault_memory;
 use kvm_ioctls::VcpuFd;
@@ -15,17 +13,14 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::GuestMemory;
+use crate::pagemap::{Entry, PAGE, Pagemap};
 
-const PAGE: u64 = 4096;
 /// Pages whose entries are read at a time.
 const BATCH: u64 = 4096;
 /// Stretches that lie no further apart become one: a request costs more than a page.
 const GAP: u64 = 4;
 /// A list has no more stretches than that.
 const MOST_STRETCHES: usize = 16 << 10;
-/// Bits of an entry of /proc/self/pagemap: the page is there; it is one of a file, and no copy.
-const PRESENT: u64 = 1 << 63;
-const OF_FILE: u64 = 1 << 61;
 
 mod requests {
     use kvm_bindings::kvm_pre_fault_memory;
@@ -51,27 +46,25 @@ struct Stretch {
 impl Touched {
     /// What has been touched of memory that was mapped from a file.
     pub(crate) fn of(memory: &GuestMemory) -> io::Result<Touched> {
-        let pages = File::open("/proc/self/pagemap")?;
+        let pages = Pagemap::open()?;
         let mut touched = Touched::default();
         for region in memory.iter() {
             let first = region.start_addr().0 / PAGE;
-            let place = region.as_ptr() as u64 / PAGE;
+            let place = region.as_ptr() as u64;
             let count = region.len() / PAGE;
             for start in (0..count).step_by(BATCH as usize) {
-                let mut entries = vec![0; (BATCH.min(count - start) * 8) as usize];
-                pages.read_exact_at(&mut entries, (place + start) * 8)?;
-                let (entries, _) = entries.as_chunks();
+                let entries = pages.read(place + start * PAGE, BATCH.min(count - start))?;
                 for (page, entry) in (first + start..).zip(entries) {
-                    touched.note(page, u64::from_ne_bytes(*entry));
+                    touched.note(page, entry);
                 }
             }
         }
         Ok(touched)
     }
 
-    fn note(&mut self, page: u64, entry: u64) {
-        if entry & PRESENT != 0 {
-            let list = if entry & OF_FILE != 0 { &mut self.read } else { &mut self.written };
+    fn note(&mut self, page: u64, entry: Entry) {
+        if entry.is_present() {
+            let list = if entry.is_of_file() { &mut self.read } else { &mut self.written };
             add(list, page);
         }
     }

@@ -12,7 +12,8 @@ const PREFIX: &str = "dev.rvm.";
 const RECEIVE_RATE: &str = "dev.rvm.network.receive-rate";
 const SEND_RATE: &str = "dev.rvm.network.send-rate";
 
-const TEMPLATE: &str = "dev.rvm.template";
+/// Whether a container may go on from a template: `on` or `off`.
+pub const TEMPLATE: &str = "dev.rvm.template";
 
 /// Below this no connection could be had.
 const SLOWEST: u64 = 8_000;

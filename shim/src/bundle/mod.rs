@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
 use annotations::Annotations;
-pub use annotations::NetworkRates;
+pub use annotations::{NetworkRates, TEMPLATE};
 pub use disks::{HostDisk, MAX_DISKS};
 pub use error::BundleError;
 pub use rlimits::inherit_limits;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::Context;
 use super::inspect::Format;
-use super::{Context, pretty, print};
 use crate::compare::{self, CompareError, Comparison, Runtime, Subject};
 use crate::error::Error;
 use crate::signals::{Signals, is_fatal};
@@ -78,10 +78,7 @@ fn progress(steps: usize) -> ProgressBar {
 }
 
 fn show(comparison: &Comparison, arguments: &CompareArguments) -> Result<(), Error> {
-    match arguments.format {
-        Format::Json => print(&pretty(comparison)?),
-        Format::Table => print(&compare::to_text(comparison)),
-    }
+    arguments.format.print(comparison, compare::to_text)?;
     if let Some(path) = &arguments.report {
         std::fs::write(path, compare::to_html(comparison))
             .map_err(Error::system(format!("cannot write the report {}", path.display())))?;

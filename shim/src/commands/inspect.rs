@@ -6,11 +6,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
+use serde::Serialize;
 
 use super::lifecycle::IdArgument;
 use super::{Context, pretty, print};
 use crate::bundle::CONFIG;
-use crate::container::{Container, ContainerError, StateReport, Status};
+use crate::container::{Container, ContainerError, StateReport};
 use crate::control::{Answer, Command, ControlError};
 use crate::error::Error;
 
@@ -21,6 +22,26 @@ pub(super) enum Format {
     Table,
     /// For programs
     Json,
+}
+
+impl Format {
+    /// Prints what was found: as a table that is made of it, or as it is.
+    pub(super) fn print<T: Serialize + ?Sized>(
+        self,
+        found: &T,
+        table: impl FnOnce(&T) -> String,
+    ) -> Result<(), Error> {
+        match self {
+            Format::Json => print(&pretty(found)?),
+            Format::Table => print(&table(found)),
+        }
+        Ok(())
+    }
+}
+
+/// Prints a line for each.
+pub(super) fn print_lines<'a>(names: impl IntoIterator<Item = &'a str>) {
+    print(&names.into_iter().map(|name| format!("{name}\n")).collect::<String>());
 }
 
 #[derive(Debug, Args)]
@@ -66,14 +87,11 @@ pub(super) fn list(context: &Context, arguments: &ListArguments) -> Result<(), E
     let containers = Container::list(&context.root)
         .map_err(Error::system(format!("cannot list {}", context.root.display())))?;
     let reports: Vec<_> = containers.iter().map(Container::report).collect();
-    match arguments.format {
-        _ if arguments.quiet => {
-            print(&reports.iter().map(|report| format!("{}\n", report.id)).collect::<String>())
-        }
-        Format::Json => print(&pretty(&reports)?),
-        Format::Table => print(&list_table(&reports)),
+    if arguments.quiet {
+        print_lines(reports.iter().map(|report| report.id.as_str()));
+        return Ok(());
     }
-    Ok(())
+    arguments.format.print(reports.as_slice(), list_table)
 }
 
 fn list_table(reports: &[StateReport]) -> String {
@@ -93,7 +111,7 @@ fn list_table(reports: &[StateReport]) -> String {
 
 pub(super) fn ps(context: &Context, arguments: &PsArguments) -> Result<(), Error> {
     let container = Container::open(&context.root, &arguments.id)?;
-    if !matches!(container.status(), Status::Created | Status::Running | Status::Paused) {
+    if !container.status().has_machine() {
         return Err(ContainerError::NotRunning.into());
     }
     match arguments.format {

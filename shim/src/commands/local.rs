@@ -189,17 +189,23 @@ impl Drop for TemporaryBundle {
 fn parse_size(text: &str) -> Result<u64, String> {
     let lower = text.to_ascii_lowercase();
     let digits = lower.trim_end_matches("ib").trim_end_matches('b');
-    let (digits, shift) = match digits.as_bytes().last() {
-        Some(b'k') => (&digits[..digits.len() - 1], 10),
-        Some(b'm') => (&digits[..digits.len() - 1], 20),
-        Some(b'g') => (&digits[..digits.len() - 1], 30),
-        _ => (digits, 0),
-    };
+    let (digits, shift) = split_unit(digits);
     let number = digits.parse::<u64>().map_err(|_| format!("{text:?} is no size such as 512m or 2g"))?;
     number
         .checked_mul(1 << shift)
         .filter(|size| *size > 0)
         .ok_or_else(|| format!("{text:?} is no possible size"))
+}
+
+/// A number without the letter behind it, and how far that letter shifts it.
+pub(super) fn split_unit(text: &str) -> (&str, u32) {
+    let shift = match text.as_bytes().last() {
+        Some(b'k' | b'K') => 10,
+        Some(b'm' | b'M') => 20,
+        Some(b'g' | b'G') => 30,
+        _ => return (text, 0),
+    };
+    (&text[..text.len() - 1], shift)
 }
 
 fn parse_cpus(text: &str) -> Result<f64, String> {

@@ -217,7 +217,7 @@ fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-fn pretty(value: &impl serde::Serialize) -> Result<String, Error> {
+fn pretty(value: &(impl serde::Serialize + ?Sized)) -> Result<String, Error> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Error::system("cannot encode JSON")(std::io::Error::from(error)))?;
     Ok(text + "\n")

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde::Serialize;
 
+use super::Context;
 use super::inspect::{Format, host_processes, new_table, text};
-use super::{Context, pretty, print};
-use crate::container::{Container, ContainerError, Status};
+use crate::container::{Container, ContainerError};
 use crate::cost::Cost;
 use crate::error::Error;
 
@@ -38,7 +38,7 @@ pub(super) fn stats(context: &Context, arguments: &StatsArguments) -> Result<(),
             .map_err(Error::system(format!("cannot list {}", context.root.display())))?;
         containers
             .iter()
-            .filter(|one| runs(one))
+            .filter(|one| one.status().has_machine())
             .filter_map(unless_it_ended)
             .collect::<Result<Vec<_>, _>>()?
     } else {
@@ -46,19 +46,11 @@ pub(super) fn stats(context: &Context, arguments: &StatsArguments) -> Result<(),
         let containers = arguments.ids.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
         containers.iter().map(row).collect::<Result<Vec<_>, _>>()?
     };
-    match arguments.format {
-        Format::Json => print(&pretty(&rows)?),
-        Format::Table => print(&table(&rows)),
-    }
-    Ok(())
-}
-
-fn runs(container: &Container) -> bool {
-    matches!(container.status(), Status::Created | Status::Running | Status::Paused)
+    arguments.format.print(rows.as_slice(), table)
 }
 
 fn row(container: &Container) -> Result<Row, Error> {
-    if !runs(container) {
+    if !container.status().has_machine() {
         return Err(ContainerError::NotRunning.into());
     }
     let pid = container.monitor()?.pid.cast_unsigned();
@@ -70,7 +62,7 @@ fn row(container: &Container) -> Result<Row, Error> {
 /// Nothing for a container that ended meanwhile.
 fn unless_it_ended(container: &Container) -> Option<Result<Row, Error>> {
     let row = row(container);
-    (row.is_ok() || runs(container)).then_some(row)
+    (row.is_ok() || container.status().has_machine()).then_some(row)
 }
 
 fn table(rows: &[Row]) -> String {

@@ -6,8 +6,9 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::inspect::{Format, new_table, text};
-use super::{Context, pretty, print};
+use super::inspect::{Format, new_table, print_lines, text};
+use super::local::split_unit;
+use super::{Context, print};
 use crate::container::shape::{HostSize, Shape};
 use crate::error::Error;
 use crate::install::Installation;
@@ -112,14 +113,11 @@ impl From<&Listed> for Line {
 
 fn list(store: &Store, arguments: &ListArguments) -> Result<(), Error> {
     let lines: Vec<Line> = store.list()?.iter().map(Line::from).collect();
-    match arguments.format {
-        _ if arguments.quiet => {
-            print(&lines.iter().map(|line| format!("{}\n", line.key)).collect::<String>())
-        }
-        Format::Json => print(&pretty(&lines)?),
-        Format::Table => print(&table(&lines)),
+    if arguments.quiet {
+        print_lines(lines.iter().map(|line| line.key.as_str()));
+        return Ok(());
     }
-    Ok(())
+    arguments.format.print(lines.as_slice(), table)
 }
 
 fn table(lines: &[Line]) -> String {
@@ -140,12 +138,7 @@ fn table(lines: &[Line]) -> String {
 
 /// A size as engines take it.
 fn parse_size(text: &str) -> Result<u64, String> {
-    let (number, shift) = match text.as_bytes().last() {
-        Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
-        Some(b'm' | b'M') => (&text[..text.len() - 1], 20),
-        Some(b'g' | b'G') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
+    let (number, shift) = split_unit(text);
     let digits = number.bytes().all(|byte| byte.is_ascii_digit());
     let size =
         number.parse::<u64>().ok().filter(|_| digits).and_then(|number| number.checked_mul(1 << shift));

@@ -6,12 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::{CompareError, programs};
-use crate::bundle::CONFIG;
+use super::CompareError;
+use crate::bundle::{CONFIG, TEMPLATE};
+use crate::programs;
 use crate::spec::default_spec;
-
-/// The annotation with which a container's kernel is booted and no template used.
-const TEMPLATE: &str = "dev.rvm.template";
 
 /// A container that can be started with templates and without, which differs by an annotation.
 #[derive(Debug)]

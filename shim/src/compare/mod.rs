@@ -8,7 +8,6 @@ mod bundle;
 mod measure;
 mod plot;
 mod processes;
-mod programs;
 mod report;
 mod runtime;
 mod statistics;

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::CompareError;
 use super::bundle::TestBundle;
+use crate::bundle::TEMPLATE;
 
 /// How a runtime is named that is this program, with templates and without.
 const OWN: &str = "rvm";
@@ -232,7 +233,7 @@ fn through_docker<'a>(command: &'a mut Command, runtime: &Runtime) -> &'a mut Co
     let name = runtime.name.split(':').next().unwrap_or_default();
     command.args(["--runtime", name]);
     if runtime.cold {
-        command.args(["--annotation", "dev.rvm.template=off"]);
+        command.arg("--annotation").arg(format!("{TEMPLATE}=off"));
     }
     command
 }

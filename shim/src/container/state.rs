@@ -115,6 +115,11 @@ impl Status {
             (true, Some(Step::Paused)) => Status::Paused,
         }
     }
+
+    /// Whether there is a machine, and processes on the host that belong to it.
+    pub fn has_machine(self) -> bool {
+        matches!(self, Status::Created | Status::Running | Status::Paused)
+    }
 }
 
 impl fmt::Display for Status {

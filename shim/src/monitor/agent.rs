@@ -5,10 +5,10 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::poll::PollFlags;
 use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available};
+use rvm_vmm::machine::realtime;
 
 use crate::foreign::tame_message;
 
@@ -150,11 +150,6 @@ fn entropy() -> Result<[[u8; 32]; 2], AgentFailure> {
     let mut entropy = [[0; 32]; 2];
     getrandom::fill(entropy.as_flattened_mut()).map_err(|_| AgentFailure::NoEntropy)?;
     Ok(entropy)
-}
-
-/// The host's clock, in nanoseconds since the epoch; a u64 of them lasts for centuries.
-pub fn realtime() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 
 #[cfg(test)]

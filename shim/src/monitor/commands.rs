@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use rvm_protocol::{Disk, ExecProcess, ExitStatus, ProcessId, Request, StartContainer};
+use rvm_vmm::machine::realtime;
 
 use super::boot;
 use super::clients::ClientId;
@@ -271,9 +272,7 @@ impl Service {
             self.set_step(Step::Paused)?;
             return Err(format!("cannot resume the container: {error}"));
         }
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let realtime_nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-        self.request(Request::SetClock { realtime_nanoseconds }, Pending::Nobody);
+        self.request(Request::SetClock { realtime_nanoseconds: realtime() }, Pending::Nobody);
         self.clients.answer(client, &Answer::Done, &[]);
         Ok(())
     }

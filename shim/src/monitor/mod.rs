@@ -192,7 +192,7 @@ fn receive_setup(socket: &OwnedFd) -> Result<(Box<Setup>, Inherited), MonitorErr
 
 /// The template for a machine, if there is one and it is fit to be used.
 fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Option<Template> {
-    let store = Store::new(setup.templates.as_deref().filter(|_| setup.disks.is_empty())?);
+    let store = Store::new(setup.templates.as_deref()?);
     let key = Key::of(kernel, agent, setup.shape, boot::SLOTS).ok()?;
     store.find(key).unwrap_or_else(|error| {
         // Removing may fail, too. The machine boots all the same.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvm_protocol::{FromAgent, Request};
+use rvm_vmm::machine::realtime;
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
@@ -17,7 +18,7 @@ use crate::container::shape::Shape;
 use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
-use crate::monitor::agent::{Agent, AgentFailure, realtime};
+use crate::monitor::agent::{Agent, AgentFailure};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec;
 use crate::timeline::Timeline;

@@ -16,17 +16,12 @@ use super::{Template, TemplateError};
 use crate::bundle::{Bundle, BundleError};
 use crate::container::shape::Shape;
 use crate::monitor::boot::{self, Built};
+use crate::programs;
 use crate::spec::default_spec;
 use crate::timeline::Timeline;
 
 /// Name of the container's program.
 const PROGRAM: &str = "exit";
-/// Where a program of this form is loaded.
-const ADDRESS: u64 = 0x40_0000;
-/// `mov eax, 60; xor edi, edi; syscall`: `exit(0)`.
-const CODE: [u8; 9] = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
-/// Bytes of an ELF header and of one that says what to load.
-const ELF_HEADERS: [u16; 2] = [64, 56];
 
 /// Starts a container in a machine that goes on from a template, and tells what that took of its memory.
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
@@ -68,28 +63,7 @@ fn make_program(path: &Path) -> io::Result<()> {
         fs::create_dir(path.with_file_name(folder))?;
     }
     let mut file: File = OpenOptions::new().write(true).create_new(true).mode(0o755).open(path)?;
-    file.write_all(&program())
-}
-
-/// The smallest program: a header, what to load (all of it), and the code.
-fn program() -> Vec<u8> {
-    let [header, load] = ELF_HEADERS;
-    let code = u64::from(header + load);
-    let length = code + CODE.len() as u64;
-    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
-    bytes.resize(16, 0);
-    // An executable for x86-64.
-    bytes.extend([2_u16, 62].map(u16::to_le_bytes).as_flattened());
-    bytes.extend(1_u32.to_le_bytes());
-    // Where it begins, where it is said what to load; no sections, no flags.
-    bytes.extend([ADDRESS + code, header.into(), 0].map(u64::to_le_bytes).as_flattened());
-    bytes.extend(0_u32.to_le_bytes());
-    bytes.extend([header, load, 1, 0, 0, 0].map(u16::to_le_bytes).as_flattened());
-    // To be loaded, readable and executable.
-    bytes.extend([1_u32, 5].map(u32::to_le_bytes).as_flattened());
-    bytes.extend([0, ADDRESS, ADDRESS, length, length, 0x1000].map(u64::to_le_bytes).as_flattened());
-    bytes.extend(CODE);
-    bytes
+    file.write_all(&programs::succeed())
 }
 
 #[cfg(test)]

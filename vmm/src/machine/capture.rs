@@ -305,7 +305,7 @@ fn set_clock(vm: &VmFd, nanoseconds: u64) -> Result<(), MachineError> {
 }
 
 /// The host's clock in nanoseconds since the epoch; a u64 of them lasts for centuries.
-fn realtime() -> u64 {
+pub fn realtime() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 

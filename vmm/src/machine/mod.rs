@@ -16,7 +16,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use self::capture::{CaptureError, MachineState, RestoreError};
+pub use self::capture::{CaptureError, MachineState, RestoreError, realtime};
 pub use self::timeline::Timeline;
 pub use crate::boot::BootError;
 use crate::boot::{self, Boot};

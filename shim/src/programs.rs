@@ -1,5 +1,5 @@
-//! The smallest programs there can be, so that what is measured is the runtime and not the program: no interpreter, no
-//! library, one page. They need nothing but the kernel, so the root filesystem is this and the folders of mounts.
+//! The smallest programs there can be, for containers that are started to see how they start: no interpreter, no library,
+//! one page. They need nothing but the kernel, so the root filesystem is this and the folders of mounts.
 
 /// Where the one segment is loaded.
 const ADDRESS: u64 = 0x40_0000;
