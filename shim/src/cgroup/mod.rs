@@ -13,7 +13,7 @@ mod systemd;
 mod tests;
 
 use std::collections::BTreeSet;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -146,9 +146,10 @@ impl HostCgroup {
         }
     }
 
-    /// Moves the first process into the cgroup. systemd makes a scope for it, which has the limits from then on.
-    pub fn add_first(&self, pid: u32, spec: &Spec) -> Result<(), CgroupError> {
-        let Some(scope) = &self.scope else { return self.add(pid) };
+    /// Moves the first process into the cgroup, unless it is there already. systemd makes a scope for it, which has the
+    /// limits from then on.
+    pub fn add_first(&self, pid: u32, is_there: bool, spec: &Spec) -> Result<(), CgroupError> {
+        let Some(scope) = &self.scope else { return if is_there { Ok(()) } else { self.add(pid) } };
         let limits = resources_of(spec).map(|resources| self.settings(resources)).unwrap_or_default();
         scope.start(pid, &limits)?;
         systemd::wait_until(|| self.pids().is_ok_and(|pids| pids.contains(&pid)))?;
@@ -187,6 +188,12 @@ impl HostCgroup {
             layout.make_directory(path, made).map_err(|error| failed("make", path, error))?;
         }
         Ok(())
+    }
+
+    /// The directory that a process can be forked into: there is one with version 2.
+    pub fn open(&self) -> Option<File> {
+        let directory = self.directories.first().filter(|_| self.version == Version::V2)?;
+        File::open(self.members(&directory.path)).ok()
     }
 
     /// Moves a process, with all its threads, into the cgroup.

@@ -187,7 +187,7 @@ fn without_systemd_its_driver_is_refused_in_words() {
         return;
     }
     let refused = HostCgroup::locate(&Spec::default(), "test", true)
-        .and_then(|cgroup| cgroup.add_first(std::process::id(), &Spec::default()))
+        .and_then(|cgroup| cgroup.add_first(std::process::id(), false, &Spec::default()))
         .unwrap_err()
         .to_string();
     assert!(refused.starts_with("--systemd-cgroup") && refused.contains("cgroupfs driver"), "{refused}");

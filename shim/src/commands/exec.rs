@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Child, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
@@ -101,8 +101,8 @@ impl Execution {
         let exec = self.request(process)?;
         let title = format!("rvm: {} exec", self.container.id());
         let slave = console.as_ref().map(|console| console.slave.as_fd());
-        let mut child = stub::detach(&title, slave, &connection, exec, |child| {
-            self.enter_cgroup(child)?;
+        let cgroup = self.container.record.cgroup.as_ref();
+        let mut child = stub::detach(&title, slave, cgroup, &connection, exec, || {
             match (&console, &self.console_socket) {
                 (Some(console), Some(socket)) => console.send_master(socket),
                 _ => Ok(()),
@@ -142,14 +142,6 @@ impl Execution {
         let size = || window_size(io::stdin()).unwrap_or_else(|_| asked_size(process));
         let null_stdin = !self.terminal && is_null(io::stdin());
         Ok(Exec { process: json, terminal: self.terminal.then(size), null_stdin })
-    }
-
-    /// Stubs count with their container, and end with it.
-    fn enter_cgroup(&self, child: &Child) -> Result<(), Error> {
-        match &self.container.record.cgroup {
-            Some(cgroup) => Ok(cgroup.add(child.id())?),
-            None => Ok(()),
-        }
     }
 
     fn tell_pid(&self, stub: u32) -> Result<(), Error> {

@@ -7,7 +7,6 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::Child;
 use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,9 +15,10 @@ use rvm_protocol::ExitStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::cause::Cause;
+use crate::cgroup::HostCgroup;
 use crate::console;
 use crate::control::{Answer, Command, Connection, ControlError, Exec, Packet, receive, send};
-use crate::reexec;
+use crate::reexec::{self, Child, Start, Started};
 use crate::signals::{self, Signals};
 use crate::stdio;
 
@@ -74,17 +74,26 @@ enum Report {
     Failed(String),
 }
 
-/// Starts a detached stub, and lets `prepare` act on its process before it is told what to do. Returns once the
-/// guest's process runs.
+/// Starts a detached stub in its container's cgroup, and lets `prepare` act before it is told what to do. Returns once
+/// the guest's process runs.
 pub(super) fn detach(
     title: &str,
     slave: Option<BorrowedFd<'_>>,
+    cgroup: Option<&HostCgroup>,
     connection: &Connection,
     exec: Exec,
-    prepare: impl FnOnce(&Child) -> Result<(), crate::error::Error>,
+    prepare: impl FnOnce() -> Result<(), crate::error::Error>,
 ) -> Result<Child, crate::error::Error> {
-    let (mut child, socket) = reexec::spawn(title, SUBCOMMAND, slave).map_err(StubError::from)?;
-    let result = prepare(&child).and_then(|()| Ok(instruct(&socket, connection, exec)?));
+    let place = cgroup.and_then(HostCgroup::open);
+    let place = place.as_ref().map(AsFd::as_fd);
+    let start = Start { title, subcommand: SUBCOMMAND, terminal: slave, cgroup: place };
+    let Started { mut child, socket, is_in_cgroup } = start.spawn().map_err(StubError::from)?;
+    // It counts with its container, and ends with it.
+    let entered = match cgroup.filter(|_| !is_in_cgroup) {
+        Some(cgroup) => cgroup.add(child.id()).map_err(crate::error::Error::from),
+        None => Ok(()),
+    };
+    let result = entered.and_then(|()| prepare()).and_then(|()| Ok(instruct(&socket, connection, exec)?));
     match result {
         Ok(()) => Ok(child),
         Err(error) => {

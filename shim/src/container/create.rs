@@ -151,9 +151,14 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
     request.log.debug(format!("{}: the host's cgroup is {:?}", request.id, cgroup.paths()));
 
     let console = size.map(Console::open).transpose().map_err(system("cannot make a terminal"))?;
-    let launch = Launch { id: request.id, slave: console.as_ref().map(|console| console.slave.as_fd()) };
+    let place = cgroup.open();
+    let launch = Launch {
+        id: request.id,
+        slave: console.as_ref().map(|console| console.slave.as_fd()),
+        cgroup: place.as_ref().map(AsFd::as_fd),
+    };
     let monitor = undo.monitor.insert(launch.spawn()?);
-    cgroup.add_first(monitor.pid().cast_unsigned(), spec)?;
+    cgroup.add_first(monitor.pid().cast_unsigned(), monitor.is_in_cgroup(), spec)?;
     request.log.debug(format!("{}: the monitor is process {}", request.id, monitor.pid()));
     let identity = ProcessIdentity::of(monitor.pid()).map_err(system("the monitor has ended"))?;
     record.monitor = Some(identity);

@@ -3,13 +3,13 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 
 use super::ContainerId;
 use crate::cause::Cause;
 use crate::control::{ControlError, Packet, Refusal, receive, send};
 use crate::monitor::handshake::{FromMonitor, SUBCOMMAND, ToMonitor};
-use crate::reexec;
+use crate::reexec::{Child, Start, Started};
 
 /// Why there is no monitor.
 #[derive(Debug, thiserror::Error)]
@@ -37,12 +37,15 @@ pub struct Launch<'a> {
     /// The container's terminal. Without one the monitor inherits the caller's standard streams, which are then
     /// the container's.
     pub slave: Option<BorrowedFd<'a>>,
+    /// The directory of the cgroup in which it begins, if it can.
+    pub cgroup: Option<BorrowedFd<'a>>,
 }
 
 /// A monitor that is a child of this process.
 pub struct MonitorProcess {
     child: Child,
     socket: OwnedFd,
+    is_in_cgroup: bool,
 }
 
 impl fmt::Debug for MonitorProcess {
@@ -55,9 +58,11 @@ impl Launch<'_> {
     /// Starts the process.
     pub fn spawn(&self) -> Result<MonitorProcess, LaunchError> {
         let title = format!("rvm: {}", self.id);
-        let spawned = reexec::spawn(&title, SUBCOMMAND, self.slave);
-        let (child, socket) = spawned.map_err(|error| LaunchError::Spawn(error.into()))?;
-        Ok(MonitorProcess { child, socket })
+        let start =
+            Start { title: &title, subcommand: SUBCOMMAND, terminal: self.slave, cgroup: self.cgroup };
+        let started = start.spawn().map_err(|error| LaunchError::Spawn(error.into()))?;
+        let Started { child, socket, is_in_cgroup } = started;
+        Ok(MonitorProcess { child, socket, is_in_cgroup })
     }
 }
 
@@ -65,6 +70,11 @@ impl MonitorProcess {
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
+    }
+
+    /// Whether it has begun in its cgroup.
+    pub fn is_in_cgroup(&self) -> bool {
+        self.is_in_cgroup
     }
 
     /// Tells it something.

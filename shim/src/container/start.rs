@@ -90,14 +90,12 @@ fn follow_network(container: &Container, connected: Connected, namespace: &File,
     if connected.wiring.devices.is_empty() {
         return;
     }
-    let assignment = Assignment {
-        id: container.id().to_owned(),
-        cgroup: container.record.cgroup.clone(),
-        wiring: connected.wiring,
-        log_format: log.format(),
-    };
+    let assignment =
+        Assignment { id: container.id().to_owned(), wiring: connected.wiring, log_format: log.format() };
     let followed = container.connect().map_err(|error| error.to_string()).and_then(|connection| {
-        follow::spawn(&assignment, &connection, namespace.as_fd(), log).map_err(|error| error.to_string())
+        let cgroup = container.record.cgroup.as_ref();
+        follow::spawn(&assignment, cgroup, &connection, namespace.as_fd(), log)
+            .map_err(|error| error.to_string())
     });
     if let Err(error) = followed {
         // It runs; that it cannot be connected with further networks is no reason to end it.

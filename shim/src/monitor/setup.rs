@@ -3,9 +3,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -15,6 +16,9 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use super::MonitorError;
 use crate::console;
 use crate::stdio::is_null;
+
+/// How many descriptors a monitor has room for from its beginning. A start takes some 80, each process of the container six.
+const DESCRIPTORS: i32 = 512;
 
 /// The container's standard streams as `create` got them from the engine.
 #[derive(Debug)]
@@ -55,9 +59,19 @@ pub fn detach(terminal: bool) -> io::Result<()> {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
+    make_room_for_descriptors();
     // A core of this process would be the guest's whole memory.
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     Ok(())
+}
+
+/// While threads share a table of descriptors, the kernel waits for all processors' readers each time that it grows
+/// (`expand_fdtable`), some 10 ms in the midst of a start. Now there is one thread.
+fn make_room_for_descriptors() {
+    // It is closed at once; the table stays as large. Where so many are not allowed, it grows later.
+    let highest = fcntl(io::stdin(), FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1));
+    // SAFETY: the call has made it just now, for nobody else.
+    drop(highest.map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
 }
 
 /// Enters the container's namespaces on this host: those that the spec has a path for, otherwise new ones. What processes

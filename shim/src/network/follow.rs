@@ -22,7 +22,7 @@ use crate::cause::Cause;
 use crate::cgroup::{CgroupError, HostCgroup};
 use crate::control::{Command, Connection, ControlError, Packet, receive, send};
 use crate::logging::{Log, LogFormat};
-use crate::reexec;
+use crate::reexec::{self, Start, Started};
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "network";
@@ -55,17 +55,17 @@ pub enum FollowError {
 pub struct Assignment {
     /// The container's ID.
     pub id: String,
-    /// Where the container's processes are.
-    pub cgroup: Option<HostCgroup>,
     /// What the monitor knows.
     pub wiring: Wiring,
     /// How log lines look.
     pub log_format: LogFormat,
 }
 
-/// Starts the process. Nothing waits for it: it looks for itself whether something has changed since.
+/// Starts the process in the cgroup where it ends with the container, whatever happens. Nothing waits for it: it looks for
+/// itself whether something has changed since.
 pub fn spawn(
     assignment: &Assignment,
+    cgroup: Option<&HostCgroup>,
     connection: &Connection,
     netns: BorrowedFd<'_>,
     log: &Log,
@@ -73,9 +73,18 @@ pub fn spawn(
     let spawn = || {
         // The standard streams are the engine's, which waits until they are closed.
         let null = File::options().read(true).write(true).open("/dev/null")?;
-        reexec::spawn(&format!("rvm: {}", assignment.id), SUBCOMMAND, Some(null.as_fd()))
+        let title = format!("rvm: {}", assignment.id);
+        let place = cgroup.and_then(HostCgroup::open);
+        let place = place.as_ref().map(AsFd::as_fd);
+        let terminal = Some(null.as_fd());
+        Start { title: &title, subcommand: SUBCOMMAND, terminal, cgroup: place }.spawn()
     };
-    let (_child, socket) = spawn().map_err(|error| FollowError::Spawn(error.into()))?;
+    let Started { child, socket, is_in_cgroup } =
+        spawn().map_err(|error| FollowError::Spawn(error.into()))?;
+    // Without a word it ends when the socket is closed.
+    if let Some(cgroup) = cgroup.filter(|_| !is_in_cgroup) {
+        cgroup.add(child.id())?;
+    }
     let descriptors: Vec<_> =
         [connection.as_fd(), netns].into_iter().chain(log.file().map(AsFd::as_fd)).collect();
     Ok(send(&socket, assignment, &descriptors)?)
@@ -87,26 +96,16 @@ pub fn run() -> Result<(), FollowError> {
     let Packet { message, descriptors } =
         receive::<Assignment>(&socket)?.ok_or(FollowError::NotStartedByStart)?;
     drop(socket);
-    let Assignment { id, cgroup, wiring, log_format } = message;
+    let Assignment { id, wiring, log_format } = message;
     let mut descriptors = descriptors.into_iter();
     let mut next = || descriptors.next().ok_or(ControlError::Unexpected);
     let (connection, netns) = (Connection::from(next()?), next()?);
     let log = Log::to_file(next().ok().map(File::from), log_format, false);
     let _ = nix::unistd::setsid();
-    if let Err(error) =
-        prepare(cgroup, netns).and_then(|()| Follower::new(&id, wiring, connection, &log).follow())
-    {
+    if let Err(error) = enter(netns).and_then(|()| Follower::new(&id, wiring, connection, &log).follow()) {
         log.warning_now(&format!("{id}: later changes of the network will not reach the guest: {error}"));
     }
     Ok(())
-}
-
-fn prepare(cgroup: Option<HostCgroup>, netns: OwnedFd) -> Result<(), FollowError> {
-    // Where it ends with the container, whatever happens.
-    if let Some(cgroup) = cgroup {
-        cgroup.add(std::process::id())?;
-    }
-    enter(netns)
 }
 
 fn enter(netns: OwnedFd) -> Result<(), FollowError> {

@@ -20,7 +20,7 @@ use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
 use crate::monitor::agent::{Agent, AgentFailure};
 use crate::monitor::boot::{self, Booting, Built};
-use crate::reexec;
+use crate::reexec::{self, Start, Started};
 use crate::timeline::Timeline;
 
 /// The hidden subcommand of the process that makes a template while nobody waits.
@@ -28,8 +28,9 @@ pub const SUBCOMMAND: &str = "make-template";
 
 /// How long a guest may take to come up, which has all the time that others leave it.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// How long a guest that is up is left alone, so that it is idle when it is captured.
-const REST: Duration = Duration::from_millis(300);
+/// How long a guest that is up is left alone, so that it is idle when it is captured: by then it has reported all that is
+/// free, which its kernel does within a second, so that not each of its clones has to.
+const REST: Duration = Duration::from_secs(2);
 /// Larger guests get no template by themselves: what their kernel notes of each page takes hundreds of MiB of it.
 const MOST_MEMORY: u64 = 16 << 30;
 /// How often its clock is set, to find out how short a time that can take.
@@ -201,8 +202,11 @@ impl WarmUp {
 fn spawn(assignment: &Assignment, descriptors: &[BorrowedFd<'_>]) -> Result<(), TemplateError> {
     // The standard streams are the engine's, which waits until they are closed.
     let null = File::options().read(true).write(true).open("/dev/null");
-    let started = null.and_then(|null| reexec::spawn("rvm template", SUBCOMMAND, Some(null.as_fd())));
-    let (_child, socket) =
+    let started = null.and_then(|null| {
+        let terminal = Some(null.as_fd());
+        Start { title: "rvm template", subcommand: SUBCOMMAND, terminal, cgroup: None }.spawn()
+    });
+    let Started { socket, .. } =
         started.map_err(TemplateError::system("cannot start the process that makes a template"))?;
     send(&socket, assignment, descriptors).map_err(|error| {
         TemplateError::Guest(format!("the process that makes it cannot be talked to: {error}"))
