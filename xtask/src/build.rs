@@ -20,7 +20,8 @@ pub const PACKAGES: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev"];
 
 /// Naming the target keeps `RUSTFLAGS` away from build scripts and procedural macros, which cannot be static.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// Random bytes come from the system call: the monitor's root is the container's, and has no device to read them from.
+/// The programs are not moved when they are executed: docs/decisions/0013. Random bytes come from the system call: the
+/// monitor's root is the container's, and has no device to read them from.
 const RUSTFLAGS: &str =
     "-C target-feature=+crt-static -C relocation-model=static --cfg getrandom_backend=\"linux_getrandom\"";
 const LIBSECCOMP: &[(&str, &str)] =

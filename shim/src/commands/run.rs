@@ -164,7 +164,8 @@ impl Foreground<'_> {
         }
         match (timeline, self.arguments.timeline) {
             (Some(timeline), Some(Format::Table)) => eprint!("{}", timeline.to_table()),
-            (Some(timeline), Some(Format::Json)) => eprintln!("{}", timeline.to_json()),
+            // In one piece: standard error has no buffer.
+            (Some(timeline), Some(Format::Json)) => eprint!("{}", format!("{}\n", timeline.to_json())),
             (_, _) => (),
         }
         if let Some(words) = failure {
