@@ -1,11 +1,12 @@
 //! Templates: what boots once, and what all the containers that begin with it do not share.
 
+pub mod clocks;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -19,7 +20,6 @@ pub const STORIES: &[(&str, Story)] = &[
     ("the_second_container_does_not_boot", the_second_container_does_not_boot),
     ("a_template_is_made_by_hand", a_template_is_made_by_hand),
     ("clones_share_no_secret_and_no_name", clones_share_no_secret_and_no_name),
-    ("the_clock_of_a_clone_is_right", the_clock_of_a_clone_is_right),
     ("what_is_damaged_is_made_anew", what_is_damaged_is_made_anew),
     ("many_first_containers_make_one_template", many_first_containers_make_one_template),
     ("a_full_disk_costs_the_template_alone", a_full_disk_costs_the_template_alone),
@@ -153,38 +153,6 @@ fn clones_share_no_secret_and_no_name() -> Result<()> {
     for (what, seen) in ["urandom", "uuid", "boot_id", "stack", "vdso"].iter().zip(seen) {
         ensure!(seen.len() == CLONES, "{what} of {CLONES} clones: {seen:?}");
     }
-    Ok(())
-}
-
-fn realtime() -> Result<Duration> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?)
-}
-
-fn the_clock_of_a_clone_is_right() -> Result<()> {
-    const TOLERANCE: Duration = Duration::from_millis(5);
-    let templates = Templates::new()?;
-    let bundle = Bundle::new(&["sh", "-c", "echo ready; read line; adjtimex | grep tv_; read line"])?;
-    templates.make()?;
-    // A clock that has merely stood still is behind by more than that.
-    std::thread::sleep(Duration::from_secs(2));
-    let mut clone = templates.spawn(&bundle, "story")?;
-    let mut stdin = clone.stdin.take().context("it has a standard input")?;
-    let mut lines = BufReader::new(clone.stdout.take().context("it has a standard output")?).lines();
-    let mut next = || lines.next().context("it says something")?.context("it can be read");
-    ensure!(next()? == "ready", "the container runs");
-    let before = realtime()?;
-    writeln!(stdin, "go")?;
-    let fields = [next()?, next()?];
-    let after = realtime()?;
-    let number = |line: &String| line.split_whitespace().last().and_then(|word| word.parse::<u64>().ok());
-    let [Some(seconds), Some(micros)] = [number(&fields[0]), number(&fields[1])] else {
-        anyhow::bail!("adjtimex said {fields:?}")
-    };
-    let there = Duration::from_secs(seconds) + Duration::from_micros(micros);
-    let is_between = there + TOLERANCE >= before && there <= after + TOLERANCE;
-    ensure!(is_between, "there it is {there:?}, here it was {before:?} before and {after:?} after");
-    drop(stdin);
-    wait_for(&mut clone, "the container")?;
     Ok(())
 }
 

@@ -149,7 +149,7 @@ impl Service {
             setup,
             folder,
             events: booting.events,
-            agent: Agent::of_template(booting.machine.clock_shift()),
+            agent: Agent::new(booting.machine.clock(), booting.template.is_some()),
             template: booting.template,
             machine: booting.machine,
             streams: Streams::default(),
