@@ -57,6 +57,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("accidents", accidents::STORIES),
     ("templates", templates::STORIES),
     ("templates", templates::clocks::STORIES),
+    ("templates", templates::clones::STORIES),
     ("programs", programs::STORIES),
     ("lifecycle", lifecycle::STORIES),
     ("bad_input", bad_input::STORIES),

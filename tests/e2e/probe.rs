@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use crate::bundle::Bundle;
-use crate::templates::clocks;
+use crate::templates::{clocks, clones};
 
 /// Where it is in the container, and by what it is told from the suites.
 const PROGRAM: &str = "/probe";
@@ -28,6 +28,7 @@ pub fn run_if_called() -> Option<ExitCode> {
     words.next().filter(|name| name == PROGRAM)?;
     let done = match words.next().unwrap_or_default().as_str() {
         "clock" => tell_time(),
+        "identity" => clones::tell_identity(),
         other => Err(anyhow::anyhow!("there is no probe called {other:?}")),
     };
     Some(match done {
