@@ -58,6 +58,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("templates", templates::STORIES),
     ("templates", templates::clocks::STORIES),
     ("templates", templates::clones::STORIES),
+    ("templates", templates::damage::STORIES),
     ("programs", programs::STORIES),
     ("lifecycle", lifecycle::STORIES),
     ("bad_input", bad_input::STORIES),

@@ -2,6 +2,7 @@
 
 pub mod clocks;
 pub mod clones;
+pub mod damage;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -19,7 +20,6 @@ use crate::command::{Outcome, eventually, finish, shell, wait_for};
 pub const STORIES: &[(&str, Story)] = &[
     ("the_second_container_does_not_boot", the_second_container_does_not_boot),
     ("a_template_is_made_by_hand", a_template_is_made_by_hand),
-    ("what_is_damaged_is_made_anew", what_is_damaged_is_made_anew),
     ("many_first_containers_make_one_template", many_first_containers_make_one_template),
     ("a_full_disk_costs_the_template_alone", a_full_disk_costs_the_template_alone),
     ("a_template_in_use_can_be_removed", a_template_in_use_can_be_removed),
@@ -122,43 +122,6 @@ fn a_template_is_made_by_hand() -> Result<()> {
     ensure!(templates.keys()?.is_empty(), "it is gone");
     templates.rvm(&["template", "rm", &key])?.expect_failure(&["no template", &key])?;
     templates.rvm(&["template", "rm", "../store"])?.expect_failure(&["no template"])?;
-    Ok(())
-}
-
-fn what_is_damaged_is_made_anew() -> Result<()> {
-    let (templates, bundle) = (Templates::new()?, Bundle::new(&["true"])?);
-    templates.make()?;
-    for damage in [
-        "printf x | dd of=memory bs=1 seek=1000000 conv=notrunc",
-        "truncate -s 1M memory",
-        "cp memory copy; mv copy memory",
-        "truncate -s 100 state",
-        "truncate -s 0 state",
-        "printf x | dd of=state bs=1 seek=500 conv=notrunc",
-        "printf '\\377' | dd of=state bs=1 seek=8 conv=notrunc",
-        "chown 1234 state",
-        "chmod g+w memory",
-        "mv state /tmp/e2e-state; ln -s /tmp/e2e-state state",
-    ] {
-        let key = templates.await_one()?;
-        let folder = templates.store().join(&key);
-        shell(&format!("cd {} && {{ {damage}; }} 2>&1", folder.display()))?.expect_code(0)?;
-        let log = templates.folder.path().join("log");
-        let words =
-            ["--log", &log.display().to_string(), "run", "--timeline", "--bundle", bundle.path(), "story"];
-        let run = templates.rvm(&words)?.expect_code(0)?;
-        let said = fs::read_to_string(&log)?;
-        fs::remove_file(&log)?;
-        let warnings = said.lines().filter(|line| line.contains("template")).count();
-        ensure!(warnings == 1 && said.contains("is dropped"), "after `{damage}` it says {said}");
-        ensure_says(&run, BOOTED)?;
-        eventually("it is made anew", || {
-            let list = templates.rvm(&["template", "list"])?.expect_code(0)?.text();
-            Ok(list.contains(&key) && !list.contains("unusable"))
-        })?;
-        ensure_says(&templates.run(&bundle)?, RESUMED)?;
-    }
-    fs::remove_file("/tmp/e2e-state")?;
     Ok(())
 }
 

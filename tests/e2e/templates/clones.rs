@@ -140,8 +140,10 @@ fn tell_addresses() -> Result<()> {
 
 /// The bytes that the kernel gave to this process, which its canary is made of.
 fn at_random() -> [u8; 16] {
+    // SAFETY: the function takes any number.
+    let place = unsafe { libc::getauxval(libc::AT_RANDOM) } as *const [u8; 16];
     // SAFETY: the kernel gives every process the address of 16 bytes, which stay.
-    unsafe { std::ptr::read(libc::getauxval(libc::AT_RANDOM) as *const [u8; 16]) }
+    unsafe { *place }
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
