@@ -17,15 +17,15 @@ pub mod stream;
 
 pub use frame::{FrameError, FrameReader, MAX_FRAME, read_frame, write_available, write_frame};
 pub use message::{
-    AgentError, AgentErrorKind, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess, HostMount, ProcessId,
-    Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
+    AgentError, AgentErrorKind, ClockReading, Disk, ExecProcess, ExitStatus, FromAgent, GuestProcess,
+    HostMount, ProcessId, Reply, Request, SeccompProgram, StandardStreams, StartContainer, ToAgent,
 };
 pub use network::{Address, HOST_PORTS, Interface, Neighbour, NetworkConfig, Route};
 pub use resolver::{Lookup, LookupReader, MAX_DNS_MESSAGE, Transport};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;

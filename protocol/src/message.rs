@@ -69,19 +69,22 @@ pub enum Request {
     Awaken {
         /// Random bytes that no other guest gets.
         entropy: [[u8; 32]; 2],
-        /// How many nanoseconds the guest's clock has to be put forward.
-        clock_shift: i64,
+        /// What time it is.
+        clock: ClockReading,
     },
-    /// Put the guest's clock forward, or back.
-    ShiftClock {
-        /// By how much.
-        nanoseconds: i64,
-    },
-    /// Set the guest's clock, in nanoseconds since the epoch; sent to a guest that has booted, and after a pause.
-    SetClock {
-        /// The host's `CLOCK_REALTIME`.
-        realtime_nanoseconds: u64,
-    },
+    /// Set the guest's clock; sent to a guest that has booted, and after a pause.
+    SetClock(ClockReading),
+}
+
+/// What time it is, at an instant that the guest can tell how long ago it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockReading {
+    /// The host's `CLOCK_REALTIME`, in nanoseconds since the epoch.
+    pub realtime: u64,
+    /// What the guest's time stamp counter said then.
+    pub counter: u64,
+    /// How often that counts in a millisecond; 0 where the host does not know, and it is to be now.
+    pub khz: u32,
 }
 
 /// How the streams of a process reach the host.

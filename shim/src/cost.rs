@@ -1,6 +1,7 @@
 //! What a container costs the host in memory, in proportional shares (PSS): a page that several processes have counts
 //! for each of them in part, so that the costs of all containers can be added up.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::AddAssign;
 
@@ -34,7 +35,7 @@ impl Cost {
     pub fn of(monitor: u32, processes: &[u32]) -> io::Result<Cost> {
         let mut cost = read(monitor)?;
         for process in processes.iter().filter(|process| **process != monitor) {
-            cost.helpers += read(*process).map_or(0, |cost| cost.total());
+            cost.helpers += share(*process).unwrap_or_default();
         }
         Ok(cost)
     }
@@ -50,8 +51,31 @@ impl AddAssign for Cost {
 }
 
 fn read(process: u32) -> io::Result<Cost> {
-    let maps = std::fs::File::open(format!("/proc/{process}/smaps"))?;
-    parse(BufReader::new(maps))
+    parse(open(process, "smaps")?)
+}
+
+/// What a process has of the host's memory, in bytes.
+///
+/// # Errors
+///
+/// It cannot be looked at, or has ended.
+pub fn share(process: u32) -> io::Result<u64> {
+    let mut share = 0;
+    for line in open(process, "smaps_rollup")?.lines() {
+        if let Some((_, value)) = line?.split_once(':').filter(|(name, _)| is_share(name)) {
+            share += bytes(value);
+        }
+    }
+    Ok(share)
+}
+
+/// Pages that were swapped out are still the process's.
+fn is_share(name: &str) -> bool {
+    matches!(name, "Pss" | "SwapPss")
+}
+
+fn open(process: u32, file: &str) -> io::Result<BufReader<File>> {
+    File::open(format!("/proc/{process}/{file}")).map(BufReader::new)
 }
 
 /// One mapping's figures in bytes.
@@ -69,10 +93,8 @@ fn parse(maps: impl BufRead) -> io::Result<Cost> {
         let line = line?;
         let Some((name, value)) = line.split_once(':') else { continue };
         match name {
-            "Pss" => mapping.share = bytes(value),
+            name if is_share(name) => mapping.share += bytes(value),
             "Private_Clean" | "Private_Dirty" | "Private_Hugetlb" => mapping.private += bytes(value),
-            // Pages that were swapped out are still the container's.
-            "SwapPss" => mapping.share += bytes(value),
             "VmFlags" => {
                 let Mapping { share, private } = std::mem::take(&mut mapping);
                 match value.split_ascii_whitespace().any(|flag| flag == "dc") {
@@ -143,6 +165,8 @@ VmFlags: rd wr mr mw me gd ac
         let cost = Cost::of(std::process::id(), &[]).unwrap();
         assert!(cost.monitor > 100 << 10, "{cost:?}");
         assert_eq!(cost.guest_private + cost.guest_shared, 0);
+        let share = share(std::process::id()).unwrap();
+        assert!((cost.total() / 2..cost.total() * 2).contains(&share), "{share} {cost:?}");
         assert!(Cost::of(u32::MAX, &[]).is_err());
     }
 }

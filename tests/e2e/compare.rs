@@ -50,6 +50,14 @@ fn runtimes_are_compared_by_bundles() -> Result<()> {
     }
     let memory = |name| anyhow::Ok(figures(&comparison, name)?["memory"].as_u64().unwrap_or(0));
     ensure!(memory("rvm")? > memory("runc")?, "a machine takes more memory: {comparison}");
+    // Without a profile, nothing is refused.
+    let calls = |name, which: &str| anyhow::Ok(figures(&comparison, name)?["calls"][which].as_u64());
+    ensure!(calls("runc", "workload")? == calls("runc", "known")?, "{comparison}");
+    for name in ["rvm", "runsc"] {
+        ensure!(calls(name, "workload")? == Some(0), "{comparison}");
+        ensure!(calls(name, "most")? < calls(name, "known")?, "{comparison}");
+    }
+    ensure!(calls("rvm", "least")? < Some(50), "a vCPU's thread is allowed the least: {comparison}");
     let phases = figures(&comparison, "rvm")?["phases"].as_array().context("no phases")?;
     ensure!(phases.iter().any(|phase| phase["phase"] == "agent up"), "{phases:?}");
     let page = std::fs::read_to_string("/tmp/compared.html")?;
@@ -66,6 +74,10 @@ fn runtimes_are_compared_by_docker() -> Result<()> {
         |name: &str| table.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_default();
     ensure!(line("rvm ").contains("its own kernel, in a VM"), "{table}");
     ensure!(line("runc ").contains("the host's kernel"), "{table}");
+    // Docker gives each container a profile.
+    let calls = |name: &str| line(name).split_whitespace().last().and_then(|word| word.parse::<u32>().ok());
+    ensure!(calls("runc ").is_some_and(|calls| (100..400).contains(&calls)), "{table}");
+    ensure!(table.contains("Host calls: how many of the"), "{table}");
     ensure!(!table.contains('\x1b'), "there is no terminal");
     Ok(())
 }

@@ -22,6 +22,7 @@ mod limits;
 mod memory;
 mod network;
 mod options;
+mod probe;
 mod programs;
 mod specification;
 mod streams;
@@ -55,6 +56,9 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("options", options::STORIES),
     ("accidents", accidents::STORIES),
     ("templates", templates::STORIES),
+    ("templates", templates::clocks::STORIES),
+    ("templates", templates::clones::STORIES),
+    ("templates", templates::damage::STORIES),
     ("programs", programs::STORIES),
     ("lifecycle", lifecycle::STORIES),
     ("bad_input", bad_input::STORIES),
@@ -76,6 +80,9 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
 ];
 
 fn main() -> ExitCode {
+    if let Some(code) = probe::run_if_called() {
+        return code;
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     // Before the first look at the host: exporting an image leaves traces of Docker's own for a while.

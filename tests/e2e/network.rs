@@ -8,6 +8,7 @@ pub mod cni;
 pub mod compose;
 pub mod hostile;
 pub mod names;
+pub mod namespace;
 pub mod own;
 pub mod podman;
 pub mod publishing;

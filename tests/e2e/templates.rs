@@ -1,11 +1,13 @@
 //! Templates: what boots once, and what all the containers that begin with it do not share.
 
-use std::collections::BTreeSet;
+pub mod clocks;
+pub mod clones;
+pub mod damage;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -18,9 +20,6 @@ use crate::command::{Outcome, eventually, finish, shell, wait_for};
 pub const STORIES: &[(&str, Story)] = &[
     ("the_second_container_does_not_boot", the_second_container_does_not_boot),
     ("a_template_is_made_by_hand", a_template_is_made_by_hand),
-    ("clones_share_no_secret_and_no_name", clones_share_no_secret_and_no_name),
-    ("the_clock_of_a_clone_is_right", the_clock_of_a_clone_is_right),
-    ("what_is_damaged_is_made_anew", what_is_damaged_is_made_anew),
     ("many_first_containers_make_one_template", many_first_containers_make_one_template),
     ("a_full_disk_costs_the_template_alone", a_full_disk_costs_the_template_alone),
     ("a_template_in_use_can_be_removed", a_template_in_use_can_be_removed),
@@ -28,8 +27,6 @@ pub const STORIES: &[(&str, Story)] = &[
     ("templates_can_be_switched_off", templates_can_be_switched_off),
 ];
 
-/// How many containers begin at once with one template.
-const CLONES: usize = 50;
 /// What the timeline says of a machine that boots, and of one that does not.
 const BOOTED: &str = "kernel entered";
 const RESUMED: &str = "guest resumed";
@@ -64,9 +61,14 @@ impl Templates {
     }
 
     fn spawn(&self, bundle: &Bundle, id: &str) -> Result<Child> {
+        self.spawn_at(bundle.path(), id)
+    }
+
+    /// Starts the bundle in a folder.
+    fn spawn_at(&self, folder: &str, id: &str) -> Result<Child> {
         use std::os::unix::process::CommandExt;
         use std::process::Stdio;
-        let mut command = self.command(&["run", "--bundle", bundle.path(), id]);
+        let mut command = self.command(&["run", "--bundle", folder, id]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         command.spawn().context("rvm could not be started")
     }
@@ -120,108 +122,6 @@ fn a_template_is_made_by_hand() -> Result<()> {
     ensure!(templates.keys()?.is_empty(), "it is gone");
     templates.rvm(&["template", "rm", &key])?.expect_failure(&["no template", &key])?;
     templates.rvm(&["template", "rm", "../store"])?.expect_failure(&["no template"])?;
-    Ok(())
-}
-
-/// What a container could have in common with another one that it must not.
-const SECRETS: &str = "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/uuid \
-    /proc/sys/kernel/random/boot_id; grep -m 1 stack /proc/self/maps; grep -m 1 vdso /proc/self/maps; \
-    head -n 1 /proc/self/maps";
-
-fn clones_share_no_secret_and_no_name() -> Result<()> {
-    let (templates, bundle) = (Templates::new()?, Bundle::new(&["sh", "-c", SECRETS])?);
-    templates.make()?;
-    let clones = (0..CLONES).map(|number| templates.spawn(&bundle, &format!("story-{number}")));
-    let clones = clones.collect::<Result<Vec<_>>>()?;
-    let mut seen: Vec<BTreeSet<String>> = vec![BTreeSet::new(); 5];
-    for clone in clones {
-        let output = clone.wait_with_output()?;
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-        let lines: Vec<_> = said.lines().collect();
-        ensure!(lines.len() == 6, "it said {said}");
-        for (seen, line) in seen.iter_mut().zip(lines) {
-            // Of an address range, what it begins with.
-            let word = line.trim().split(['-', ' ']).take(5).collect::<Vec<_>>().join(" ");
-            seen.insert(if line.contains('[') {
-                line.split('-').next().unwrap_or(line).into()
-            } else {
-                word
-            });
-        }
-    }
-    for (what, seen) in ["urandom", "uuid", "boot_id", "stack", "vdso"].iter().zip(seen) {
-        ensure!(seen.len() == CLONES, "{what} of {CLONES} clones: {seen:?}");
-    }
-    Ok(())
-}
-
-fn realtime() -> Result<Duration> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?)
-}
-
-fn the_clock_of_a_clone_is_right() -> Result<()> {
-    const TOLERANCE: Duration = Duration::from_millis(5);
-    let templates = Templates::new()?;
-    let bundle = Bundle::new(&["sh", "-c", "echo ready; read line; adjtimex | grep tv_; read line"])?;
-    templates.make()?;
-    // A clock that has merely stood still is behind by more than that.
-    std::thread::sleep(Duration::from_secs(2));
-    let mut clone = templates.spawn(&bundle, "story")?;
-    let mut stdin = clone.stdin.take().context("it has a standard input")?;
-    let mut lines = BufReader::new(clone.stdout.take().context("it has a standard output")?).lines();
-    let mut next = || lines.next().context("it says something")?.context("it can be read");
-    ensure!(next()? == "ready", "the container runs");
-    let before = realtime()?;
-    writeln!(stdin, "go")?;
-    let fields = [next()?, next()?];
-    let after = realtime()?;
-    let number = |line: &String| line.split_whitespace().last().and_then(|word| word.parse::<u64>().ok());
-    let [Some(seconds), Some(micros)] = [number(&fields[0]), number(&fields[1])] else {
-        anyhow::bail!("adjtimex said {fields:?}")
-    };
-    let there = Duration::from_secs(seconds) + Duration::from_micros(micros);
-    let is_between = there + TOLERANCE >= before && there <= after + TOLERANCE;
-    ensure!(is_between, "there it is {there:?}, here it was {before:?} before and {after:?} after");
-    drop(stdin);
-    wait_for(&mut clone, "the container")?;
-    Ok(())
-}
-
-fn what_is_damaged_is_made_anew() -> Result<()> {
-    let (templates, bundle) = (Templates::new()?, Bundle::new(&["true"])?);
-    templates.make()?;
-    for damage in [
-        "printf x | dd of=memory bs=1 seek=1000000 conv=notrunc",
-        "truncate -s 1M memory",
-        "cp memory copy; mv copy memory",
-        "truncate -s 100 state",
-        "truncate -s 0 state",
-        "printf x | dd of=state bs=1 seek=500 conv=notrunc",
-        "printf '\\377' | dd of=state bs=1 seek=8 conv=notrunc",
-        "chown 1234 state",
-        "chmod g+w memory",
-        "mv state /tmp/e2e-state; ln -s /tmp/e2e-state state",
-    ] {
-        let key = templates.await_one()?;
-        let folder = templates.store().join(&key);
-        shell(&format!("cd {} && {{ {damage}; }} 2>&1", folder.display()))?.expect_code(0)?;
-        let log = templates.folder.path().join("log");
-        let words =
-            ["--log", &log.display().to_string(), "run", "--timeline", "--bundle", bundle.path(), "story"];
-        let run = templates.rvm(&words)?.expect_code(0)?;
-        let said = fs::read_to_string(&log)?;
-        fs::remove_file(&log)?;
-        let warnings = said.lines().filter(|line| line.contains("template")).count();
-        ensure!(warnings == 1 && said.contains("is dropped"), "after `{damage}` it says {said}");
-        ensure_says(&run, BOOTED)?;
-        eventually("it is made anew", || {
-            let list = templates.rvm(&["template", "list"])?.expect_code(0)?.text();
-            Ok(list.contains(&key) && !list.contains("unusable"))
-        })?;
-        ensure_says(&templates.run(&bundle)?, RESUMED)?;
-    }
-    fs::remove_file("/tmp/e2e-state")?;
     Ok(())
 }
 

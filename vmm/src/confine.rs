@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use caps::CapSet;
+use caps::{CapSet, CapsHashSet};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -21,6 +21,20 @@ pub fn drop_capabilities() {
         // To give up is always allowed. A kernel without ambient capabilities has none to give up.
         let _ = caps::clear(None, set);
     }
+}
+
+/// Leaves the calling thread, and those that it starts, with these of its capabilities, which no program that they execute
+/// gets.
+///
+/// # Errors
+///
+/// The thread does not have them all.
+pub fn keep_capabilities(kept: &CapsHashSet) -> io::Result<()> {
+    // A kernel without ambient capabilities has none to give up.
+    let _ = caps::clear(None, CapSet::Ambient);
+    caps::clear(None, CapSet::Inheritable).map_err(io::Error::other)?;
+    caps::set(None, CapSet::Effective, kept).map_err(io::Error::other)?;
+    caps::set(None, CapSet::Permitted, kept).map_err(io::Error::other)
 }
 
 /// What a thread that runs a vCPU calls of the kernel beside KVM: to wait and to wake, to hand work to the threads of

@@ -5,6 +5,7 @@
 
 mod boot;
 mod bus;
+pub mod clock;
 pub mod confine;
 mod console;
 mod cpuid;

@@ -1,11 +1,9 @@
 //! What the agent does when the host asks.
 
-use nix::sys::time::TimeSpec;
-use nix::time::{self, ClockId};
 use oci_spec::runtime::{LinuxResources, Process};
 use rvm_protocol::{
-    AgentError, AgentErrorKind, ExecProcess, NetworkConfig, ProcessId, Reply, Request, StartContainer,
-    ToAgent,
+    AgentError, AgentErrorKind, ClockReading, ExecProcess, NetworkConfig, ProcessId, Reply, Request,
+    StartContainer, ToAgent,
 };
 
 use super::{Agent, Managed, State};
@@ -14,6 +12,7 @@ use crate::error::{Context, Result, container_not_running, other};
 use crate::process::Place;
 use crate::resolver::Resolver;
 use crate::stream::Stream;
+use crate::sys::clock;
 use crate::sys::process::{send_signal_to, set_terminal_size};
 use crate::sys::waking;
 
@@ -38,9 +37,8 @@ impl Agent {
             }
             Request::Update { resources } => self.update(&resources),
             Request::Network(config) => self.configure_network(&config).map(|()| Reply::Done),
-            Request::Awaken { entropy, clock_shift } => awaken(&entropy, clock_shift),
-            Request::ShiftClock { nanoseconds } => shift_clock(nanoseconds),
-            Request::SetClock { realtime_nanoseconds } => set_clock(realtime_nanoseconds),
+            Request::Awaken { entropy, clock } => awaken(&entropy, clock),
+            Request::SetClock(clock) => set_clock(clock),
         };
         self.reply(request, result);
     }
@@ -136,21 +134,13 @@ impl Agent {
 }
 
 /// Makes this guest differ from those that go on from the same state.
-fn awaken(entropy: &[[u8; 32]; 2], clock_shift: i64) -> Result<Reply> {
+fn awaken(entropy: &[[u8; 32]; 2], reading: ClockReading) -> Result<Reply> {
     waking::add_entropy(entropy.as_flattened()).context(|| "seeding the random generator")?;
-    shift_clock(clock_shift)
+    set_clock(reading)
 }
 
-fn shift_clock(nanoseconds: i64) -> Result<Reply> {
-    waking::shift_clock(nanoseconds).context(|| "setting the clock")?;
-    Ok(Reply::Done)
-}
-
-fn set_clock(nanoseconds: u64) -> Result<Reply> {
-    const SECOND: u64 = 1_000_000_000;
-    // A u64 of nanoseconds is some 580 years of seconds, which fit.
-    let time = TimeSpec::new((nanoseconds / SECOND) as i64, (nanoseconds % SECOND) as i64);
-    time::clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "setting the clock")?;
+fn set_clock(reading: ClockReading) -> Result<Reply> {
+    clock::set(reading).context(|| "setting the clock")?;
     Ok(Reply::Done)
 }
 

@@ -1,6 +1,7 @@
 //! System calls that neither the standard library nor nix wraps, each wrapped once.
 
 pub mod bpf;
+pub mod clock;
 pub mod mount;
 pub mod process;
 pub mod waking;

@@ -7,8 +7,6 @@ use nix::errno::Errno;
 
 /// The most that is added at a time.
 const MOST: usize = 64;
-/// In microseconds.
-const SECOND: i64 = 1_000_000;
 
 /// `struct rand_pool_info` with its buffer.
 #[repr(C)]
@@ -40,19 +38,5 @@ pub fn add_entropy(bytes: &[u8]) -> nix::Result<()> {
     unsafe { requests::add_entropy(device.as_raw_fd(), &raw const pool) }?;
     // SAFETY: the request takes no argument.
     unsafe { requests::reseed(device.as_raw_fd()) }?;
-    Ok(())
-}
-
-/// Puts the clock forward, or back, at once.
-pub fn shift_clock(nanoseconds: i64) -> nix::Result<()> {
-    // SAFETY: all fields are integers, for which zero is a value.
-    let mut change: libc::timex = unsafe { std::mem::zeroed() };
-    // In microseconds: after a shift in nanoseconds the kernel would tell everybody the time in those.
-    change.modes = libc::ADJ_SETOFFSET;
-    let microseconds = nanoseconds.div_euclid(1000);
-    change.time.tv_sec = microseconds.div_euclid(SECOND);
-    change.time.tv_usec = microseconds.rem_euclid(SECOND);
-    // SAFETY: the structure is valid, and outlives the call.
-    Errno::result(unsafe { libc::adjtimex(&raw mut change) })?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::CompareError;
+use super::calls::{self, HostCalls};
 use super::processes::{self, Newcomers};
 use super::runtime::{Caller, Runtime};
 use super::statistics::Sample;
@@ -35,6 +36,8 @@ pub struct Figures {
     pub memory: Option<u64>,
     /// Whose kernel it has.
     pub kernel: Option<Kernel>,
+    /// How many of the host's system calls can be made.
+    pub calls: Option<HostCalls>,
     /// Why there is nothing more.
     pub failure: Option<String>,
 }
@@ -208,6 +211,10 @@ impl<'a> Subject<'a> {
         let id = self.running[0].clone();
         let (_, told) = timed(self.caller.kernel(self.runtime, &id))?;
         self.figures.kernel = kernel(&told.stdout, has_machine);
+        if let Some(Kernel { owner, .. }) = self.figures.kernel {
+            let (_, told) = timed(self.caller.process(self.runtime, &id))?;
+            self.figures.calls = process(&told.stdout).and_then(|process| calls::of(process, owner));
+        }
         timed(self.caller.exec(self.runtime, &id)).map(drop)
     }
 
@@ -261,6 +268,13 @@ fn timed(mut command: Command) -> Result<(f64, Output), Failure> {
         return Ok((took, output));
     }
     Err(Failure::of(output.status, &output.stderr))
+}
+
+/// The process as `state` or `docker inspect` told it.
+fn process(told: &[u8]) -> Option<i32> {
+    let told: serde_json::Value = serde_json::from_slice(told).ok()?;
+    let number = told.get("pid").unwrap_or(&told).as_i64()?;
+    i32::try_from(number).ok().filter(|number| *number > 0)
 }
 
 /// The kernel as `kernel` or `uname -rv` wrote it.
@@ -330,6 +344,15 @@ mod tests {
         let other = kernel(b"4.4.0\0\0#1 SMP Sun Jan 10 15:06:54 PST 2016\0", false).unwrap();
         assert_eq!(other, Kernel { release: "4.4.0".into(), owner: KernelOwner::Program });
         assert_eq!(kernel(b"", false), None);
+    }
+
+    #[test]
+    fn processes_are_told_in_two_ways() {
+        assert_eq!(process(br#"{"ociVersion": "1.0.2", "pid": 17}"#), Some(17));
+        assert_eq!(process(b"17\n"), Some(17));
+        for nothing in ["", "0", "-1", "{}", "{\"pid\": 0}", "99999999999"] {
+            assert_eq!(process(nothing.as_bytes()), None, "{nothing}");
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The comparison of runtimes on one machine: how long a start and an `exec` take, what a container's memory costs, and
-//! whose kernel it has.
+//! whose kernel it has, and how much of the host's it reaches.
 //!
 //! [`measure`] lets the runtimes take turns; [`statistics`] says what the figures are worth; [`table`] and [`report`]
 //! show them.
 
 mod bundle;
+mod calls;
+mod filter;
 mod measure;
 mod plot;
 mod processes;
@@ -144,6 +146,7 @@ pub fn compare(
 
 #[cfg(test)]
 mod testing {
+    use super::calls::HostCalls;
     use super::measure::{Kernel, KernelOwner, PhaseTime};
     use super::statistics::Sample;
     use super::*;
@@ -157,6 +160,10 @@ mod testing {
             phases: vec![PhaseTime { phase: "agent up".into(), took: base / 2.0 }],
             memory: Some(20 << 20),
             kernel: Some(Kernel { release: "6.12.0".into(), owner }),
+            calls: Some(match owner {
+                KernelOwner::Host => HostCalls { workload: 310, most: 310, least: 310, known: 370 },
+                _ => HostCalls { workload: 0, most: 305, least: 35, known: 370 },
+            }),
             failure: None,
         };
         let failed = Figures {

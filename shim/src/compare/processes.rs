@@ -5,6 +5,8 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::cost;
+
 /// How long processes may take to end after their container was removed.
 const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -39,8 +41,10 @@ impl Newcomers {
     /// Those that came since `before`, with what they cost now.
     pub fn since(before: &BTreeSet<Process>) -> Newcomers {
         let processes: BTreeSet<_> = now().difference(before).cloned().collect();
-        let shares =
-            processes.iter().filter_map(|process| Some((process.clone(), share(process.0)?))).collect();
+        let shares = processes
+            .iter()
+            .filter_map(|process| Some((process.clone(), cost::share(process.0).ok()?)))
+            .collect();
         let has_machine = processes.iter().any(|process| holds_machine(process.0));
         Newcomers { processes, shares, has_machine }
     }
@@ -57,12 +61,6 @@ impl Newcomers {
             thread::sleep(PAUSE);
         }
     }
-}
-
-fn share(pid: u32) -> Option<u64> {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 fn holds_machine(pid: u32) -> bool {

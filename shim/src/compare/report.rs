@@ -7,7 +7,7 @@ use super::Comparison;
 use super::measure::Figures;
 use super::plot::{Part, Row, SHADES, distributions, escape, stacks};
 use super::statistics::Sample;
-use super::table::{mebibytes, notes, number, reach};
+use super::table::{host_calls, mebibytes, notes, number, reach};
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #69707a; --grid: #e3e6ea; --page: #ffffff; --accent: #1f6feb; --box: #cfe0fb; }
@@ -136,7 +136,8 @@ fn memory(page: &mut String, runtimes: &[Figures]) {
 fn facts(page: &mut String, runtimes: &[Figures]) {
     page.push_str(
         "<h2>All figures</h2>\n<table><tr><th></th><th class=\"figure\">start ms</th><th class=\"figure\">exec ms</th>\
-         <th class=\"figure\">memory MiB</th><th>kernel</th><th>system calls reach</th></tr>\n",
+         <th class=\"figure\">memory MiB</th><th>kernel</th><th>system calls reach</th>\
+         <th>host calls</th></tr>\n",
     );
     for figures in runtimes {
         let median =
@@ -144,13 +145,14 @@ fn facts(page: &mut String, runtimes: &[Figures]) {
         let kernel = figures.kernel.as_ref();
         let _ = writeln!(
             page,
-            "<tr><th>{}</th><td class=\"figure\">{}</td><td class=\"figure\">{}</td><td class=\"figure\">{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><th>{}</th><td class=\"figure\">{}</td><td class=\"figure\">{}</td><td class=\"figure\">{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
             escape(&figures.name),
             median(&figures.start),
             median(&figures.exec),
             figures.memory.map_or_else(|| "-".to_owned(), mebibytes),
             kernel.map_or_else(|| "-".to_owned(), |kernel| escape(&kernel.release)),
-            kernel.map_or("-", reach)
+            kernel.map_or("-", reach),
+            figures.calls.as_ref().map_or_else(|| "-".to_owned(), host_calls)
         );
     }
     page.push_str("</table>\n");

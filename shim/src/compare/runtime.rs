@@ -185,6 +185,20 @@ impl Caller {
         command
     }
 
+    /// Asks for the process that is the container on the host: as JSON, on standard output.
+    pub fn process(&self, runtime: &Runtime, id: &str) -> Command {
+        let mut command = match self {
+            Caller::Bundles { .. } => {
+                let mut command = self.bundled(runtime);
+                command.args(["state", id]);
+                command
+            }
+            Caller::Docker { .. } => docker(&["inspect", "--format", "{{.State.Pid}}", id]),
+        };
+        command.stdout(Stdio::piped());
+        command
+    }
+
     /// Ends a container that stays, and removes it.
     pub fn end(&self, runtime: &Runtime, id: &str) -> Command {
         match self {

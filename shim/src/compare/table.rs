@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::Comparison;
+use super::calls::HostCalls;
 use super::measure::{CROWD, Figures, Kernel, KernelOwner};
 use super::statistics::{Summary, ranks};
 
@@ -28,6 +29,7 @@ pub fn to_text(comparison: &Comparison) -> String {
         "MEMORY MiB",
         "KERNEL",
         "SYSTEM CALLS REACH",
+        "HOST CALLS",
     ]);
     let (start_ranks, exec_ranks) = (ranks(&starts), ranks(&execs));
     for (index, figures) in runtimes.iter().enumerate() {
@@ -44,6 +46,7 @@ pub fn to_text(comparison: &Comparison) -> String {
             figures.memory.map_or_else(missing, mebibytes),
             figures.kernel.as_ref().map_or_else(missing, |kernel| kernel.release.clone()),
             figures.kernel.as_ref().map_or_else(missing, |kernel| reach(kernel).to_owned()),
+            figures.calls.as_ref().map_or_else(missing, host_calls),
         ]);
     }
     for column in [1, 3, 4, 6, 7] {
@@ -70,6 +73,14 @@ pub(super) fn notes(comparison: &Comparison) -> Vec<String> {
             .to_owned(),
         format!("Memory is a container's share (PSS) of the host's, with {CROWD} of them doing nothing."),
     ];
+    if let Some(calls) = comparison.runtimes.iter().find_map(|figures| figures.calls) {
+        notes.push(format!(
+            "Host calls: how many of the {} system calls that a host of this kind has the workload can make itself; in \
+             parentheses, how many the process can make that stands between, by thread. What lets one through with some \
+             arguments only counts as letting it through.",
+            calls.known
+        ));
+    }
     for (what, samples) in [
         (
             "start",
@@ -110,6 +121,16 @@ pub(super) fn reach(kernel: &Kernel) -> &'static str {
         KernelOwner::Host => "the host's kernel",
         KernelOwner::Machine => "its own kernel, in a VM",
         KernelOwner::Program => "a program in the host",
+    }
+}
+
+/// How many system calls of the host can be made.
+pub(super) fn host_calls(calls: &HostCalls) -> String {
+    let HostCalls { workload, least, most, .. } = calls;
+    match *workload {
+        0 if least == most => format!("0 ({most})"),
+        0 => format!("0 ({least}..{most})"),
+        some => some.to_string(),
     }
 }
 
@@ -157,6 +178,8 @@ mod tests {
             |name: &str| text.lines().find(|line| line.trim_start().starts_with(name)).unwrap().to_owned();
         assert!(line("rvm").contains("110") && line("rvm").contains("its own kernel, in a VM"), "{text}");
         assert!(line("runc").contains("310") && line("runc").contains("20.0"), "{text}");
+        assert!(line("rvm").ends_with("0 (35..305)") && line("runc").ends_with("310"), "{text}");
+        assert!(text.contains("of the 370 system calls"), "{text}");
         assert!(text.contains("gone was left out after a failure: exit status: 1: <no>"), "{text}");
         assert!(!text.contains('\x1b') && !text.contains("Too close"), "{text}");
     }

@@ -87,13 +87,17 @@ impl Shape {
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
         let time = cpu.and_then(|cpu| ProcessorTime::default().changed(cpu));
         let limit = resources.and_then(memory_limit);
-        Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
+        Shape::within(time, limit, host)
     }
 
     /// The shape for so many processors, and so many bytes of memory for the workload.
     pub fn of_sizes(processors: Option<u64>, limit: Option<u64>, host: HostSize) -> Shape {
         let period = ProcessorTime::default().period;
         let time = processors.map(|count| ProcessorTime { quota: count.checked_mul(period), period });
+        Shape::within(time, limit, host)
+    }
+
+    fn within(time: Option<ProcessorTime>, limit: Option<u64>, host: HostSize) -> Shape {
         Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
     }
 

@@ -7,12 +7,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::PollFlags;
-use rvm_protocol::{FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available};
-use rvm_vmm::machine::realtime;
+use rvm_protocol::{
+    ClockReading, FrameError, FrameReader, FromAgent, Request, ToAgent, VERSION, frame, write_available,
+};
+use rvm_vmm::clock::GuestClock;
 
 use crate::foreign::tame_message;
 
 const READ_SIZE: usize = 64 << 10;
+/// Number of the first request, which is made by itself. No other has it.
+pub const GREETING: u64 = 0;
 
 /// Why the connection is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -47,14 +51,15 @@ pub struct Agent {
     outgoing: Vec<u8>,
     requests: u64,
     ready: bool,
-    /// How far the guest's clock is behind, if it goes on from a template.
-    shift: Option<i64>,
+    clock: GuestClock,
+    /// Whether the guest goes on from a template.
+    goes_on: bool,
 }
 
 impl Agent {
-    /// The agent of a guest that goes on from a template, where its clock has fallen so far behind.
-    pub fn of_template(shift: Option<i64>) -> Agent {
-        Agent { shift, ..Agent::default() }
+    /// The agent of a guest that is told what time it is by this clock, and may go on from a template.
+    pub fn new(clock: GuestClock, goes_on: bool) -> Agent {
+        Agent { clock, goes_on, ..Agent::default() }
     }
 
     /// Whether the guest has connected.
@@ -131,15 +136,22 @@ impl Agent {
 }
 
 impl Agent {
+    /// What time it is, for the guest.
+    pub fn time(&self) -> ClockReading {
+        let rvm_vmm::clock::ClockReading { realtime, counter, khz } = self.clock.read();
+        ClockReading { realtime, counter, khz }
+    }
+
     /// Before all that waits to be sent, has the guest put its clock right, which has lost time while its kernel came up,
     /// or stood still in a template. One that goes on from a template becomes one of its own, too.
     fn greet(&mut self) -> Result<(), AgentFailure> {
-        let body = match self.shift {
-            None => Request::SetClock { realtime_nanoseconds: realtime() },
-            Some(clock_shift) => Request::Awaken { entropy: entropy()?, clock_shift },
+        let clock = self.time();
+        let body = match self.goes_on {
+            false => Request::SetClock(clock),
+            true => Request::Awaken { entropy: entropy()?, clock },
         };
-        // No other request has this number, and nobody waits for the reply.
-        let waiting = std::mem::replace(&mut self.outgoing, frame::encode(&ToAgent { request: 0, body })?);
+        let greeting = frame::encode(&ToAgent { request: GREETING, body })?;
+        let waiting = std::mem::replace(&mut self.outgoing, greeting);
         self.outgoing.extend(waiting);
         Ok(())
     }
@@ -183,7 +195,7 @@ mod tests {
         write_frame(&mut guest, &ready()).unwrap();
         assert_eq!(agent.receive().unwrap(), [ready()]);
         let greeting: ToAgent = read_frame(&mut guest).unwrap();
-        assert!(matches!(greeting.body, Request::SetClock { .. }), "{greeting:?}");
+        assert!(matches!(greeting.body, Request::SetClock(_)), "{greeting:?}");
         let request: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(request, ToAgent { request: number, body: Request::List });
     }
@@ -204,16 +216,15 @@ mod tests {
 
     #[test]
     fn a_guest_from_a_template_is_awakened_before_all_else() {
-        let mut agent = Agent::of_template(Some(-5));
+        let mut agent = Agent::new(GuestClock::default(), true);
         let number = agent.request(Request::List).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
         agent.connect(ours).unwrap();
         write_frame(&mut guest, &ready()).unwrap();
         agent.receive().unwrap();
         let first: ToAgent = read_frame(&mut guest).unwrap();
-        let Request::Awaken { entropy: [one, other], clock_shift: -5 } = first.body else {
-            panic!("{first:?}")
-        };
+        let Request::Awaken { entropy: [one, other], clock } = first.body else { panic!("{first:?}") };
+        assert!(clock.realtime > 0);
         assert_ne!(one, other);
         let second: ToAgent = read_frame(&mut guest).unwrap();
         assert_eq!(second, ToAgent { request: number, body: Request::List });

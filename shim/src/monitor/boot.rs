@@ -122,9 +122,14 @@ impl Built {
     pub fn start(mut self, root: &Path, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
         let template = self.template.take();
         let booting = self.launch(root, template.is_some(), timeline);
+        let Some(template) = template else { return booting };
         // Whatever it was: the next container is not to meet with the same.
-        let booting = booting.inspect_err(|_| template.iter().for_each(Template::discard))?;
-        Ok(Booting { template, ..booting })
+        let dropped = |error| {
+            template.discard();
+            MonitorError::Template(Box::new(error))
+        };
+        let booting = booting.map_err(dropped)?;
+        Ok(Booting { template: Some(template), ..booting })
     }
 
     fn launch(self, root: &Path, goes_on: bool, timeline: &mut Timeline) -> Result<Booting, MonitorError> {

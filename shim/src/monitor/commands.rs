@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use rvm_protocol::{Disk, ExecProcess, ExitStatus, ProcessId, Request, StartContainer};
-use rvm_vmm::machine::realtime;
 
 use super::boot;
 use super::clients::ClientId;
@@ -272,7 +271,7 @@ impl Service {
             self.set_step(Step::Paused)?;
             return Err(format!("cannot resume the container: {error}"));
         }
-        self.request(Request::SetClock { realtime_nanoseconds: realtime() }, Pending::Nobody);
+        self.request(Request::SetClock(self.agent.time()), Pending::Nobody);
         self.clients.answer(client, &Answer::Done, &[]);
         Ok(())
     }

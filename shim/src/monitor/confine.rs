@@ -110,10 +110,7 @@ pub fn confine() -> io::Result<()> {
         // Fails for those that this kernel does not know, and without CAP_SETPCAP, where nothing can be gained.
         let _ = caps::drop(None, CapSet::Bounding, *capability);
     }
-    let _ = caps::clear(None, CapSet::Ambient);
-    let _ = caps::clear(None, CapSet::Inheritable);
-    caps::set(None, CapSet::Effective, &kept).map_err(io::Error::other)?;
-    caps::set(None, CapSet::Permitted, &kept).map_err(io::Error::other)?;
+    rvm_vmm::confine::keep_capabilities(&kept)?;
     seccompiler::apply_filter(&filter().map_err(io::Error::other)?).map_err(io::Error::other)
 }
 

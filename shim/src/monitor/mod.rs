@@ -75,6 +75,12 @@ pub enum MonitorError {
     /// The machine.
     #[error(transparent)]
     Machine(rvm_vmm::machine::MachineError),
+    /// A machine that goes on from a template. There are reasons for it that a boot would meet with, too.
+    #[error(
+        "the machine that was to go on from a template could not be started; the template was dropped, so that the \
+         next start boots its machine: {0}"
+    )]
+    Template(#[source] Box<MonitorError>),
     /// The guest's kernel image.
     #[error("cannot boot {path}: {source}", path = path.display())]
     Kernel {

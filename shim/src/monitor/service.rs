@@ -149,7 +149,7 @@ impl Service {
             setup,
             folder,
             events: booting.events,
-            agent: Agent::of_template(booting.machine.clock_shift()),
+            agent: Agent::new(booting.machine.clock(), booting.template.is_some()),
             template: booting.template,
             machine: booting.machine,
             streams: Streams::default(),
@@ -390,10 +390,16 @@ impl Service {
 
     /// The machine cannot go on.
     pub(super) fn fail(&mut self, words: String) {
-        if let Some(template) = self.template.take() {
-            template.discard();
-            self.log.warning_now("the machine's template is dropped: its guest did not come up");
-        }
+        let words = match self.template.take() {
+            Some(template) => {
+                template.discard();
+                format!(
+                    "the guest that was to go on from a template did not come up; the template was dropped, so that \
+                     the next start boots its machine: {words}"
+                )
+            }
+            None => words,
+        };
         self.outcome.get_or_insert(Outcome::Failed(words));
     }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use caps::{CapSet, Capability, CapsHashSet};
+use caps::Capability;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
@@ -110,15 +110,9 @@ pub fn run() -> Result<(), FollowError> {
 
 fn enter(netns: OwnedFd) -> Result<(), FollowError> {
     setns(netns, CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::Enter(error.into()))?;
-    let confine = || -> Result<(), caps::errors::CapsError> {
-        let kept: CapsHashSet = [Capability::CAP_NET_ADMIN].into();
-        caps::clear(None, CapSet::Ambient)?;
-        caps::clear(None, CapSet::Inheritable)?;
-        caps::set(None, CapSet::Effective, &kept)?;
-        caps::set(None, CapSet::Permitted, &kept)
-    };
     nix::sys::prctl::set_no_new_privs().map_err(|error| FollowError::Confine(error.into()))?;
-    confine().map_err(|error| FollowError::Confine(std::io::Error::other(error).into()))
+    let kept = [Capability::CAP_NET_ADMIN].into();
+    rvm_vmm::confine::keep_capabilities(&kept).map_err(|error| FollowError::Confine(error.into()))
 }
 
 /// The process's memory of the network.

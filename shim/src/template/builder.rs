@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvm_protocol::{FromAgent, Request};
-use rvm_vmm::machine::realtime;
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
@@ -18,7 +17,7 @@ use crate::container::shape::Shape;
 use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
-use crate::monitor::agent::{Agent, AgentFailure};
+use crate::monitor::agent::{Agent, AgentFailure, GREETING};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec::{self, Start, Started};
 use crate::timeline::Timeline;
@@ -33,8 +32,6 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const REST: Duration = Duration::from_secs(2);
 /// Larger guests get no template by themselves: what their kernel notes of each page takes hundreds of MiB of it.
 const MOST_MEMORY: u64 = 16 << 30;
-/// How often its clock is set, to find out how short a time that can take.
-const CLOCK_ATTEMPTS: u32 = 32;
 
 /// Makes the template for a shape, unless there is one by now.
 pub fn make(
@@ -57,7 +54,9 @@ pub fn make(
         boot::build(shape, installation.kernel, installation.agent, Vec::new(), &mut Timeline::default())?;
     // As long as there is a connection, the agent waits.
     let (booting, mut agent) = come_up(built, &root)?;
-    set_clock(&booting, &mut agent)?;
+    // A guest that is captured has nothing under way.
+    let greeted = |message| matches!(message, FromAgent::Reply { request: GREETING, .. }).then_some(());
+    await_message(&booting, &mut agent, greeted)?;
     thread::sleep(REST);
     let state = booting.machine.capture(&unfinished.memory)?;
     drop(booting);
@@ -70,25 +69,6 @@ pub fn make(
     fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
     Ok(key)
-}
-
-/// Sets the guest's clock as well as that can be done, since what it is wrong by it is in all clones: by a request that
-/// took as short a time as any, of which half is for the way there.
-fn set_clock(booting: &Booting, agent: &mut Agent) -> Result<(), TemplateError> {
-    let mut shortest = Duration::MAX;
-    for attempt in 0..CLOCK_ATTEMPTS {
-        let sent = Instant::now();
-        ask(booting, agent, Request::SetClock { realtime_nanoseconds: realtime() })?;
-        let took = sent.elapsed();
-        if took <= shortest && attempt >= CLOCK_ATTEMPTS / 2 {
-            // Less than the patience of a request, in nanoseconds.
-            let half = took.as_nanos() as i64 / 2;
-            ask(booting, agent, Request::ShiftClock { nanoseconds: half })?;
-            break;
-        }
-        shortest = shortest.min(took);
-    }
-    Ok(())
 }
 
 /// Asks the agent for something, and waits for the answer.
@@ -104,7 +84,7 @@ pub(super) fn ask(booting: &Booting, agent: &mut Agent, request: Request) -> Res
 /// Starts a machine, and waits until its agent says that it is ready.
 pub(super) fn come_up(built: Built, root: &Path) -> Result<(Booting, Agent), TemplateError> {
     let booting = built.start(root, &mut Timeline::default())?;
-    let mut agent = Agent::of_template(booting.machine.clock_shift());
+    let mut agent = Agent::new(booting.machine.clock(), booting.template.is_some());
     await_message(&booting, &mut agent, |message| matches!(message, FromAgent::Ready { .. }).then_some(()))?;
     Ok((booting, agent))
 }

@@ -11,7 +11,7 @@ use super::TemplateError;
 use super::key::FileIdentity;
 
 /// Version of the format. It goes up with every change of it, and of the captured state.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// What the file begins with.
 const MAGIC: [u8; 8] = *b"rvmtmpl\n";
 /// Bytes of the digest.

@@ -1,8 +1,8 @@
 //! What happens to networks from outside: devices vanish, others cannot be connected, and containers come and go.
 
 use anyhow::{Result, ensure};
-use serde_json::json;
 
+use super::namespace::Namespace;
 use super::{Network, address, gateway};
 use crate::Story;
 use crate::bundle::Bundle;
@@ -40,45 +40,16 @@ fn the_network_is_taken_away_under_a_container() -> Result<()> {
     docker(&["rm", &id])?.expect_code(0).map(drop)
 }
 
-/// A network namespace of the host's. It goes when it is dropped.
-struct Namespace;
-
 const NAMESPACE: &str = "e2e";
 
-impl Namespace {
-    fn new() -> Result<Namespace> {
-        shell(&format!("ip netns add {NAMESPACE}"))?.expect_code(0)?;
-        Ok(Namespace)
-    }
-
-    /// Runs `ip` with each of these lines in it.
-    fn plumb(&self, lines: &[&str]) -> Result<()> {
-        for line in lines {
-            shell(&format!("ip -n {NAMESPACE} {line}"))?.expect_code(0)?;
-        }
-        Ok(())
-    }
-
-    /// A bundle for a container in it.
-    fn bundle(&self, command: &[&str]) -> Result<Bundle> {
-        Bundle::new(command)?.edit(|config| {
-            let namespaces = config["linux"]["namespaces"].as_array_mut();
-            for namespace in namespaces.into_iter().flatten().filter(|one| one["type"] == "network") {
-                namespace["path"] = json!(format!("/run/netns/{NAMESPACE}"));
-            }
-        })
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = shell(&format!("ip netns delete {NAMESPACE}"));
-    }
+/// A bundle for a container in a namespace.
+fn bundle_in(namespace: &Namespace, command: &[&str]) -> Result<Bundle> {
+    Bundle::new(command)?.edit(|config| namespace.join(config))
 }
 
 fn a_device_that_cannot_be_connected_is_named() -> Result<()> {
-    let namespace = Namespace::new()?;
-    let bundle = namespace.bundle(&["ls", "/sys/class/net"])?;
+    let namespace = Namespace::new(NAMESPACE)?;
+    let bundle = bundle_in(&namespace, &["ls", "/sys/class/net"])?;
     namespace.plumb(&["link add good type veth peer name far", "link set good up"])?;
     for (name, kind, add) in [
         ("b0", "bridge", "link add b0 type bridge"),
@@ -125,7 +96,7 @@ fn traces() -> Result<Traces> {
 const CYCLES: usize = 200;
 
 fn containers_come_and_go_in_one_namespace() -> Result<()> {
-    let namespace = Namespace::new()?;
+    let namespace = Namespace::new(NAMESPACE)?;
     namespace.plumb(&[
         "link add eth0 type veth peer name far",
         "address add 10.82.0.2/24 dev eth0",
@@ -133,7 +104,7 @@ fn containers_come_and_go_in_one_namespace() -> Result<()> {
         "link set far up",
         "link set lo up",
     ])?;
-    let bundle = namespace.bundle(&["ip", "-o", "-4", "address", "show", "dev", "eth0"])?;
+    let bundle = bundle_in(&namespace, &["ip", "-o", "-4", "address", "show", "dev", "eth0"])?;
     // The first one also makes what stays for good, such as the folders of the state.
     rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_code(0)?;
     let before = traces()?;
@@ -145,7 +116,7 @@ fn containers_come_and_go_in_one_namespace() -> Result<()> {
     ensure_no_more_than(&before)?;
 
     // One that is killed as well.
-    let bundle = namespace.bundle(&["sleep", "1000"])?;
+    let bundle = bundle_in(&namespace, &["sleep", "1000"])?;
     shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
         .expect_code(0)?;
     let during = traces()?;

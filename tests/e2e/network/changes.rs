@@ -3,8 +3,9 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::namespace::Namespace;
 use crate::Story;
 use crate::bundle::Bundle;
 use crate::command::{docker, docker_start, eventually, rvm, shell};
@@ -144,16 +145,13 @@ fn allow_networking(config: &mut Value) {
 
 /// A namespace as an engine would have it, with a container in it that runs.
 fn in_a_namespace(story: impl FnOnce(&dyn Fn(&str) -> Result<String>) -> Result<()>) -> Result<()> {
-    let plumb = "ip netns add e2e-changes && ip link add e2e-outer type veth peer name eth0 netns e2e-changes && \
-                 ip addr add 10.78.0.1/24 dev e2e-outer && ip link set e2e-outer up && \
-                 ip -n e2e-changes addr add 10.78.0.2/24 dev eth0 && ip -n e2e-changes link set eth0 up";
+    let namespace = Namespace::new("e2e-changes")?;
+    let plumb = "ip link add e2e-outer type veth peer name eth0 netns e2e-changes && \
+                 ip addr add 10.78.0.1/24 dev e2e-outer && ip link set e2e-outer up";
     shell(plumb)?.expect_code(0)?;
+    namespace.plumb(&["addr add 10.78.0.2/24 dev eth0", "link set eth0 up"])?;
     let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
-        for namespace in config["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
-            if namespace["type"] == "network" {
-                namespace["path"] = json!("/run/netns/e2e-changes");
-            }
-        }
+        namespace.join(config);
         allow_networking(config);
     })?;
     let log = format!("{}/log", bundle.path());
@@ -169,7 +167,8 @@ fn in_a_namespace(story: impl FnOnce(&dyn Fn(&str) -> Result<String>) -> Result<
     });
     rvm(&["delete", "--force", "e2e-changes"])?.expect_code(0)?;
     let left = shell("ip netns exec e2e-changes ls /sys/class/net; ip -n e2e-changes route")?.text();
-    shell("ip netns del e2e-changes; ip link del e2e-outer 2>/dev/null; true")?.expect_code(0)?;
+    // With it goes the other end of the cable.
+    drop(namespace);
     outcome?;
     ensure!(!left.contains("rvm"), "a tap is left: {left}");
     Ok(())

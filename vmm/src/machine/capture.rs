@@ -2,12 +2,11 @@
 //!
 //! What is captured goes on in any number of other machines of the same shape, on the same kind of processor. Guest and
 //! host keep time apart: the guest's own clocks stand still from the capture to the start that follows, so that no
-//! timer is late. How far its clock is behind by then, [`Machine::clock_shift`] tells.
+//! timer is late. What time it is by then, [`Machine::clock`] tells.
 
 use std::fs::File;
 use std::io;
 use std::sync::PoisonError;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_cpuid_entry2,
@@ -106,8 +105,6 @@ pub struct MachineState {
 /// Instants of clocks that were read together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Clock {
-    /// The host's clock, in nanoseconds since the epoch.
-    realtime: u64,
     /// KVM's clock of the machine, in nanoseconds.
     kvm: u64,
     /// The time stamp counter of the first vCPU.
@@ -184,7 +181,7 @@ impl Machine {
         let slots = self.bus.slots().iter().map(|slot| slot.capture());
         let slots = slots.collect::<Result<_, _>>()?;
         let kvm_clock = self.vm.get_clock().map_err(refused("the clock"))?;
-        let clock = Clock { realtime: realtime(), kvm: kvm_clock.clock, tsc: first.read_tsc()? };
+        let clock = Clock { kvm: kvm_clock.clock, tsc: first.read_tsc()? };
         let kvm = host::open_kvm()?;
         let msrs = kvm.get_msr_index_list().map_err(refused("the list of registers"))?;
         let states = vcpus.iter().map(|vcpu| vcpu.save(msrs.as_slice())).collect::<Result<_, _>>()?;
@@ -284,29 +281,16 @@ impl Machine {
             vcpu.set_tsc(clock.tsc)?;
         }
         set_clock(&self.vm, clock.kvm)?;
-        let shift = i128::from(realtime()) - i128::from(clock.realtime);
-        *self.clock_shift.lock().unwrap_or_else(PoisonError::into_inner) = i64::try_from(shift).ok();
         for (vcpu, state) in vcpus.iter().zip(&states) {
             vcpu.set_timer(state)?;
         }
         Ok(())
-    }
-
-    /// How many nanoseconds the guest's clock is behind since it was captured. None for a machine that has booted, whose
-    /// clock is right.
-    pub fn clock_shift(&self) -> Option<i64> {
-        *self.clock_shift.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn set_clock(vm: &VmFd, nanoseconds: u64) -> Result<(), MachineError> {
     let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
     vm.set_clock(&clock).map_err(|source| MachineError::Kvm { what: "the clock", source })
-}
-
-/// The host's clock in nanoseconds since the epoch; a u64 of them lasts for centuries.
-pub fn realtime() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }
 
 /// Whether two lists of features are the same, but for the number of the processor that was asked.

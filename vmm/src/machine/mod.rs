@@ -16,11 +16,12 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use self::capture::{CaptureError, MachineState, RestoreError, realtime};
+pub use self::capture::{CaptureError, MachineState, RestoreError};
 pub use self::timeline::Timeline;
 pub use crate::boot::BootError;
 use crate::boot::{self, Boot};
 use crate::bus::Bus;
+use crate::clock::GuestClock;
 use crate::console::Console;
 use crate::host::{self, HostError};
 pub use crate::image::ImageError;
@@ -133,7 +134,6 @@ pub struct Machine {
     timeline: Mutex<Timeline>,
     /// What it goes on from, until it is started.
     captured: Mutex<Option<MachineState>>,
-    clock_shift: Mutex<Option<i64>>,
     vm: Arc<VmFd>,
     memory: GuestMemory,
 }
@@ -207,7 +207,6 @@ impl Machine {
             console,
             timeline: Mutex::new(Timeline::kvm_ready_now()),
             captured: Mutex::default(),
-            clock_shift: Mutex::default(),
             vm,
             memory,
         })
@@ -242,6 +241,9 @@ impl Machine {
         };
         install_kick_handler().map_err(|source| MachineError::Kvm { what: "the vCPUs' signal", source })?;
         self.resume_clocks(vcpus)?;
+        if let Some(first) = vcpus.first() {
+            first.note_counter()?;
+        }
         let vcpus = std::mem::take(vcpus);
         *processors = Processors::Started(Vec::with_capacity(vcpus.len()));
         for vcpu in vcpus {
@@ -279,6 +281,11 @@ impl Machine {
             self.control.set_phase(Phase::Running);
         }
         Ok(())
+    }
+
+    /// The host's clock as this guest can be told of it, once it is started.
+    pub fn clock(&self) -> GuestClock {
+        self.control.clock().clone()
     }
 
     /// Readable when the guest ended by itself.

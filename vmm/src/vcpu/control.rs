@@ -24,6 +24,7 @@ use nix::sys::signal::SigSet;
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
+use crate::clock::GuestClock;
 use crate::machine::ExitReason;
 
 /// What the vCPUs are to do.
@@ -43,6 +44,7 @@ pub(crate) struct Control {
     changed: Condvar,
     exit_event: EventFd,
     exits: AtomicU64,
+    clock: GuestClock,
 }
 
 struct State {
@@ -76,6 +78,7 @@ impl Control {
             changed: Condvar::new(),
             exit_event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
             exits: AtomicU64::new(0),
+            clock: GuestClock::default(),
         })
     }
 
@@ -125,6 +128,11 @@ impl Control {
 
     pub(crate) fn exit_reason(&self) -> Option<ExitReason> {
         self.lock().exit_reason.clone()
+    }
+
+    /// What the time is by the guest's counter.
+    pub(crate) fn clock(&self) -> &GuestClock {
+        &self.clock
     }
 
     /// How often vCPUs returned from the guest to this process.

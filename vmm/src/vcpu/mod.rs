@@ -131,6 +131,10 @@ impl Vcpu {
                     }
                 }
             }
+            if self.number == 0 {
+                // The longer ago it was noted, the less is it worth. As much as it is, it remains.
+                let _ = state::note_counter(vcpu.vcpu(), self.control.clock());
+            }
             was_paused = true;
         }
         drop(vcpu);

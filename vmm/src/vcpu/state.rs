@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
 use super::{Vcpu, VcpuError};
+use crate::clock::GuestClock;
 
 /// Time stamp counter.
 const MSR_TSC: u32 = 0x10;
@@ -101,6 +102,11 @@ impl Vcpu {
         Ok(msrs.get(&MSR_TSC).copied().unwrap_or(0))
     }
 
+    /// Notes what the counter says now, beside the host's clock.
+    pub(crate) fn note_counter(&self) -> Result<(), VcpuError> {
+        note_counter(&self.fd, self.control.clock()).map_err(self.refused("the time stamp counter"))
+    }
+
     /// Winds the timer up again. To be done when counter and APIC are as they were.
     pub(crate) fn set_timer(&self, state: &VcpuState) -> Result<(), VcpuError> {
         let deadline = state.tsc_deadline.filter(|deadline| *deadline != 0);
@@ -112,6 +118,15 @@ impl Vcpu {
         let vcpu = self.number;
         move |source| VcpuError::Kvm { what, vcpu, source }
     }
+}
+
+/// Notes what the counter of a vCPU says now.
+pub(super) fn note_counter(vcpu: &VcpuFd, clock: &GuestClock) -> Result<(), errno::Error> {
+    // Where the host cannot tell, nobody can use it.
+    let Ok(khz) = vcpu.get_tsc_khz() else { return Ok(()) };
+    clock.note(khz, || {
+        read_msrs(vcpu, &[MSR_TSC])?.remove(&MSR_TSC).ok_or_else(|| errno::Error::new(libc::EINVAL))
+    })
 }
 
 /// Reads registers. What this processor does not have is left out.

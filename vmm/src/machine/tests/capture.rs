@@ -51,9 +51,10 @@ fn a_machine_goes_on_where_another_one_was_captured() {
 
     let clones = [(); 2].map(|()| restored(&kvm, &state, &file).unwrap());
     for clone in &clones {
-        assert_eq!((counter(clone, 0), clone.clock_shift()), (reached, None));
+        assert_eq!((counter(clone, 0), clone.clock().read().khz), (reached, 0));
         clone.start().unwrap();
-        assert!(clone.clock_shift().unwrap() >= 2_000_000);
+        let reading = clone.clock().read();
+        assert!(reading.khz > 0 && reading.counter > 0, "{reading:?}");
         eventually(|| counter(clone, 0) != reached);
         assert_eq!(clone.exit_reason(), None);
     }
@@ -92,7 +93,6 @@ fn registers_and_clocks_are_those_of_the_capture() {
         after < before + 5_000_000_000,
         "its time has not begun anew, nor gone on meanwhile: {before} {after}"
     );
-    assert!(clone.clock_shift().is_some());
 }
 
 #[test]
