@@ -164,8 +164,11 @@ impl Foreground<'_> {
         }
         match (timeline, self.arguments.timeline) {
             (Some(timeline), Some(Format::Table)) => eprint!("{}", timeline.to_table()),
-            // In one piece: standard error has no buffer.
-            (Some(timeline), Some(Format::Json)) => eprint!("{}", format!("{}\n", timeline.to_json())),
+            (Some(timeline), Some(Format::Json)) => {
+                // In one piece: standard error has no buffer.
+                let line = timeline.to_json().to_string();
+                eprintln!("{line}");
+            }
             (_, _) => (),
         }
         if let Some(words) = failure {
