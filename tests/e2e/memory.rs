@@ -88,7 +88,7 @@ fn ensure_is_hardly_slower(first: &[Duration], last: &[Duration]) -> Result<()> 
     };
     let (first, last) = (median(first), median(last));
     println!("to start one took {first:.2?} at first, and {last:.2?} beside {} others", ALL - SOME);
-    ensure!(last < 4 * first, "it took {first:?} at first, and {last:?} in the end");
+    ensure!(last < 10 * first, "it took {first:?} at first, and {last:?} in the end");
     Ok(())
 }
 
