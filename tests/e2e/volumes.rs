@@ -24,6 +24,9 @@ pub const STORIES: &[(&str, Story)] = &[
     ("the_host_changes_what_a_guest_has_open", the_host_changes_what_a_guest_has_open),
     ("the_host_changes_what_a_guest_knows", the_host_changes_what_a_guest_knows),
     ("locks_end_at_the_wall", locks_end_at_the_wall),
+    ("one_of_two_makes_a_name", one_of_two_makes_a_name),
+    ("what_is_closed_is_free", what_is_closed_is_free),
+    ("a_full_disk_is_told_by_the_write", a_full_disk_is_told_by_the_write),
 ];
 
 /// Prints mount points and options, of several mounts at one place those of the one on top.
@@ -388,4 +391,72 @@ fn locks_end_at_the_wall() -> Result<()> {
         shell(&format!("rm {host}/held"))?.expect_code(0)?;
     }
     Ok(())
+}
+
+/// Two containers make the same files and directories at the same time, each of which one of them may have made.
+fn one_of_two_makes_a_name() -> Result<()> {
+    const NAMES: usize = 150;
+    let folder = folder()?;
+    let host = path(folder.path());
+    let volume = format!("{host}:/volume");
+    let program = include_str!("volumes/race.py");
+    let start = |name: &str| {
+        let command = ["debian", "python3", "-uc", program, name, &NAMES.to_string()];
+        Docker { runtime: "rvm" }.start(&[&["-v", &volume, "-w", "/volume"], &command[..]].concat())
+    };
+    let containers = [start("one")?, start("two")?];
+    for name in ["one", "two"] {
+        eventually("it is ready", || Ok(folder.path().join(format!("ready-{name}")).exists()))?;
+    }
+    shell(&format!("touch {host}/go"))?.expect_code(0)?;
+    let mut made = 0;
+    for id in &containers {
+        docker(&["wait", id])?.expect_text("0")?;
+        let text = docker(&["logs", id])?.text();
+        made += text.trim().parse::<usize>().with_context(|| format!("it says: {text}"))?;
+        docker(&["rm", id])?.expect_code(0)?;
+    }
+    ensure!(made == 2 * NAMES, "{made} of {} were made", 2 * NAMES);
+    // Who made a file has written its name into it, and nobody else.
+    let count = format!("cat {host}/file-* | grep -cxE 'one|two'");
+    shell(&count)?.expect_text(&NAMES.to_string())?;
+    Ok(())
+}
+
+/// A program may be executed, a lock taken and a disk unmounted, as soon as who had it open has closed it.
+fn what_is_closed_is_free() -> Result<()> {
+    same(|docker_with| {
+        let folder = folder()?;
+        let host = path(folder.path());
+        shell(&format!("mount -t tmpfs none {host}"))?.expect_code(0)?;
+        let volume = format!("{host}:/volume:rslave");
+        let id = docker_with.start(&["-v", &volume, "-w", "/volume", "debian", "sleep", "1000"])?;
+        let mut shown = String::new();
+        for round in 0..5 {
+            // The file is there on the host before its writer has ended.
+            let copy = "rm -f program done; cp /bin/true program; touch done; sleep 0.2";
+            let run = format!("until [ -e {host}/done ]; do :; done; {host}/program && echo ran");
+            let both = format!("docker exec {id} sh -c '{copy}' & {run}; wait");
+            shown += &format!("{round}: {}\n", told(&shell(&format!("rm -f {host}/done; {both}"))?));
+        }
+        let lock = "for i in $(seq 50); do flock -n lock true || echo taken; done";
+        shown += &told(&docker(&["exec", &id, "sh", "-c", lock])?);
+        docker(&["rm", "-f", &id])?.expect_code(0)?;
+        shell(&format!("umount {host}"))?.expect_code(0)?;
+        Ok(shown)
+    })
+}
+
+/// What does not fit on a disk is refused when it is written, and what was there stays.
+fn a_full_disk_is_told_by_the_write() -> Result<()> {
+    same(|docker_with| {
+        let folder = folder()?;
+        let host = path(folder.path());
+        shell(&format!("mount -t tmpfs -o size=256k,nr_inodes=8 none {host}"))?.expect_code(0)?;
+        let volume = format!("{host}:/volume");
+        let program = include_str!("volumes/full.py");
+        let outcome = docker_with.run(&["-v", &volume, "-w", "/volume", "debian", "python3", "-c", program]);
+        shell(&format!("umount {host}"))?.expect_code(0)?;
+        Ok(told(&outcome?))
+    })
 }

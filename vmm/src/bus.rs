@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
+use crate::confine::Duty;
 use crate::machine::ExitReason;
 use crate::serial::{self, SerialPort};
 use crate::virtio::mmio::slot::Slot;
@@ -26,6 +27,12 @@ impl Bus {
 
     pub(crate) fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// What the threads of vCPUs have to do, by the devices that are there now.
+    pub(crate) fn duty_of_vcpus(&self) -> Duty {
+        let with_files = self.slots.iter().any(Slot::serves_files_on_vcpus);
+        if with_files { Duty::VcpuWithFiles } else { Duty::Vcpu }
     }
 
     /// What the guest has set of the serial port.

@@ -71,6 +71,54 @@ const OF_VCPUS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
+/// What one calls beside that which also serves files: all that names, attributes and contents of files take, and to become
+/// a thread that serves them.
+const OF_FILES: &[libc::c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_fchdir,
+    libc::SYS_umask,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_readlinkat,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_lseek,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_getxattr,
+    libc::SYS_setxattr,
+    libc::SYS_listxattr,
+    libc::SYS_removexattr,
+    libc::SYS_inotify_add_watch,
+    libc::SYS_inotify_rm_watch,
+    libc::SYS_geteuid,
+    libc::SYS_getegid,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_capget,
+    libc::SYS_capset,
+];
+
+/// What a thread of a vCPU does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duty {
+    /// It runs the vCPU.
+    Vcpu,
+    /// It also serves files that the vCPU asks for, with the capabilities that this takes.
+    VcpuWithFiles,
+}
+
 /// The type that all requests of KVM carry in the second byte of their number (`KVMIO`, linux/kvm.h).
 const KVM_REQUESTS: u64 = 0xAE00;
 
@@ -80,20 +128,30 @@ const TAP_REQUESTS: [u64; 2] = [
     nix::request_code_write!(b'T', 216, size_of::<i32>()),
 ];
 
-/// Leaves the calling thread without capabilities, and with only those system calls that running a vCPU takes, which
+/// Leaves the calling thread with only those system calls that running a vCPU takes, which
 /// starts and resets devices, too. Others
-/// fail with EPERM: a container is worth more than the alarm.
+/// fail with EPERM: a container is worth more than the alarm. Without files to serve it has no capabilities either.
 ///
 /// # Errors
 ///
 /// The kernel does not take the filter.
-pub fn enter_vcpu() -> io::Result<()> {
-    drop_capabilities();
-    seccompiler::apply_filter(&vcpu_filter().map_err(io::Error::other)?).map_err(io::Error::other)
+pub fn enter_vcpu(duty: Duty) -> io::Result<()> {
+    if duty == Duty::Vcpu {
+        drop_capabilities();
+    }
+    seccompiler::apply_filter(&vcpu_filter(duty).map_err(io::Error::other)?).map_err(io::Error::other)
 }
 
-fn vcpu_filter() -> Result<BpfProgram, BackendError> {
+fn vcpu_filter(duty: Duty) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<_, _> = OF_VCPUS.iter().map(|call| (*call, Vec::new())).collect();
+    if duty == Duty::VcpuWithFiles {
+        rules.extend(OF_FILES.iter().map(|call| (*call, Vec::new())));
+        let own_paths = libc::CLONE_FS.cast_unsigned().into();
+        rules.insert(libc::SYS_unshare, vec![where_masked(0, u64::MAX, own_paths)?]);
+        let bits = [libc::PR_GET_SECUREBITS, libc::PR_SET_SECUREBITS];
+        let bits = bits.map(|option| where_masked(0, u64::MAX, option.cast_unsigned().into()));
+        rules.insert(libc::SYS_prctl, bits.into_iter().collect::<Result<_, _>>()?);
+    }
     let mut requests = vec![where_masked(1, 0xFF00, KVM_REQUESTS)?];
     for request in TAP_REQUESTS {
         requests.push(where_masked(1, u64::from(u32::MAX), request)?);
@@ -139,7 +197,7 @@ mod tests {
     #[test]
     fn a_vcpus_thread_opens_connects_and_executes_nothing() {
         let refused = thread::spawn(|| {
-            enter_vcpu().unwrap();
+            enter_vcpu(Duty::Vcpu).unwrap();
             let errors = [
                 std::fs::File::open("/dev/null").map(drop),
                 std::net::TcpListener::bind("127.0.0.1:0").map(drop),
@@ -152,9 +210,27 @@ mod tests {
     }
 
     #[test]
+    fn one_that_serves_files_opens_and_keeps_its_capabilities_and_still_does_no_more() {
+        let before = count();
+        let outcome = thread::spawn(|| {
+            enter_vcpu(Duty::VcpuWithFiles).unwrap();
+            let errors = [
+                std::net::TcpListener::bind("127.0.0.1:0").map(drop),
+                std::process::Command::new("/bin/true").status().map(drop),
+                thread::Builder::new().spawn(|| ()).map(drop),
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(io::Error::from),
+                nix::unistd::chroot("/").map_err(io::Error::from),
+            ];
+            let errors = errors.map(|result| result.unwrap_err().raw_os_error());
+            (std::fs::File::open("/dev/null").is_ok(), errors, count())
+        });
+        assert_eq!(outcome.join().unwrap(), (true, [Some(libc::EPERM); 5], before));
+    }
+
+    #[test]
     fn a_vcpus_thread_has_memory_that_is_not_executable_and_few_requests() {
         let outcome = thread::spawn(|| {
-            enter_vcpu().unwrap();
+            enter_vcpu(Duty::Vcpu).unwrap();
             let map = |protection| {
                 // SAFETY: a new mapping where there is none touches no other memory.
                 let at = unsafe {

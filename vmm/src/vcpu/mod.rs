@@ -89,16 +89,18 @@ impl Vcpu {
         &self.fd
     }
 
-    /// Starts the vCPU's thread. It runs guest code when the control says so, and gives the vCPU back at its end.
+    /// Starts the vCPU's thread. It runs guest code when the control says so, and gives the vCPU back at its end. It serves
+    /// files, too, if there is a device by now that has it do so.
     pub(crate) fn spawn(self) -> Result<JoinHandle<Vcpu>, VcpuError> {
         let number = self.number;
+        let duty = self.bus.duty_of_vcpus();
         let count = self.control.add_thread();
         thread::Builder::new()
             .name(format!("vcpu{number}"))
             .stack_size(STACK)
             .spawn(move || {
                 let _count = count;
-                match confine::enter_vcpu() {
+                match confine::enter_vcpu(duty) {
                     Ok(()) => self.run(),
                     Err(error) => {
                         let text = format!("its thread could not be confined: {error}");

@@ -42,12 +42,28 @@ pub trait VirtioDevice: Send {
     /// Writes to the device's configuration space. Most devices have nothing there that a driver may write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// The bell at an offset of the configuration space, if there is one and the device is active.
+    fn bell(&self, _offset: u64) -> Option<Arc<dyn Bell>> {
+        None
+    }
+
+    /// Whether the device serves files on the threads of vCPUs, see [`bell`](Self::bell).
+    fn serves_files_on_vcpus(&self) -> bool {
+        false
+    }
+
     /// Starts the device. On an error the transport sets DEVICE_NEEDS_RESET. Runs on a vCPU's thread.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
     /// Stops the device: when this returns, it touches neither queues nor guest memory until the next
     /// `activate`. Called also for a device that is not active. Runs on a vCPU's thread.
     fn reset(&mut self);
+}
+
+/// What a driver rings by a write to the configuration space, to have something done before the write is over.
+pub trait Bell: Send + Sync {
+    /// The driver has rung. Runs on the vCPU's thread, and other drivers of the guest do not wait for its end.
+    fn ring(&self);
 }
 
 /// Reads from a configuration space that has these bytes; what lies beyond them is zero.

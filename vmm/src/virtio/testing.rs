@@ -136,7 +136,7 @@ impl Guest {
         let activation = self.activation(features);
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| {
-                confine::enter_vcpu().unwrap();
+                confine::enter_vcpu(confine::Duty::Vcpu).unwrap();
                 device.activate(activation).unwrap();
             });
             vcpu.join().unwrap();

@@ -4,6 +4,7 @@
 //! the device to judge; what does not (an index beyond the queue, a ring outside of memory) is a [`QueueError`],
 //! after which the device has to stop: to go on would mean to spin on, or to write to, something arbitrary.
 
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 
@@ -12,9 +13,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, Interrupt};
+use crate::GuestMemory;
 
 /// A chain of descriptors in the guest's memory.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+/// The same for who keeps it.
+pub(crate) type KeptChain = DescriptorChain<GuestMemory>;
 
 /// Why a queue cannot be used any more.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +91,19 @@ impl Virtqueue {
 
     /// Takes the next chain that the driver offers.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Result<Option<Chain<'m>>, QueueError> {
-        if self.is_empty(memory)? {
+        self.pop_with(memory)
+    }
+
+    /// The same for a chain that may be kept.
+    pub(crate) fn pop_kept(&mut self, memory: &GuestMemory) -> Result<Option<KeptChain>, QueueError> {
+        self.pop_with(memory.clone())
+    }
+
+    fn pop_with<M: Deref<Target = GuestMemoryMmap> + Clone>(
+        &mut self,
+        memory: M,
+    ) -> Result<Option<DescriptorChain<M>>, QueueError> {
+        if self.is_empty(&memory)? {
             return Ok(None);
         }
         let queue = self.index;
@@ -98,6 +114,18 @@ impl Virtqueue {
             return Err(QueueError::Head { queue, head: chain.head_index() });
         }
         Ok(Some(chain))
+    }
+
+    /// Gives a chain back to a driver that looks for it, so that no interrupt has to tell.
+    pub(crate) fn push_used_unannounced(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        len: u32,
+    ) -> Result<(), QueueError> {
+        self.push_used(memory, head, len)?;
+        self.announced = self.queue.next_used();
+        Ok(())
     }
 
     /// Puts the chain that was taken last back to where it was.
@@ -293,6 +321,25 @@ mod tests {
             assert_eq!(guest.interrupted(), heard, "{event}");
             chains.iter().for_each(|(head, _)| assert_eq!(guest.pop_used(0).unwrap().head, *head));
         }
+    }
+
+    #[test]
+    fn what_is_given_back_unannounced_counts_for_no_interrupt_then_or_later() {
+        let mut guest = Guest::new(&[4]);
+        let mut queue = Virtqueue::from(guest.activation(1 << VIRTIO_RING_F_EVENT_IDX).queues.remove(0));
+        let (memory, interrupt) = (guest.memory.clone(), guest.interrupt.clone());
+        // So many that a range of them could not be told from a short one.
+        for _ in 0..70_000_u32 {
+            let head = guest.push(0, &[Part::In(4)]);
+            queue.push_used_unannounced(&memory, head, 0).unwrap();
+            assert_eq!(guest.pop_used(0).unwrap().head, head);
+        }
+        queue.notify(&memory, &interrupt).unwrap();
+        assert!(!guest.interrupted());
+        let head = guest.push(0, &[Part::In(4)]);
+        queue.push_used(&memory, head, 0).unwrap();
+        queue.notify(&memory, &interrupt).unwrap();
+        assert!(guest.interrupted());
     }
 
     #[test]

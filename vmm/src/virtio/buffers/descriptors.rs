@@ -1,27 +1,30 @@
 //! The descriptors of a chain, with an error where it does not come to an orderly end.
 
+use std::ops::Deref;
+
+use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestMemoryMmap;
 
 use super::{ChainError, MAX_DESCRIPTORS};
-use crate::virtio::virtqueue::Chain;
 
 /// An iterator over a chain. virtio-queue ends a chain that it cannot follow as if that were the end of it, so that
 /// a part would pass for the whole.
-pub(crate) struct Descriptors<'m> {
-    chain: Chain<'m>,
+pub(crate) struct Descriptors<M> {
+    chain: DescriptorChain<M>,
     count: usize,
     /// Whether the driver promised another one. There is no chain without any.
     promised: bool,
 }
 
-impl<'m> Descriptors<'m> {
+impl<M> Descriptors<M> {
     /// The descriptors of this chain.
-    pub(crate) fn of(chain: Chain<'m>) -> Self {
+    pub(crate) fn of(chain: DescriptorChain<M>) -> Self {
         Self { chain, count: 0, promised: true }
     }
 }
 
-impl Iterator for Descriptors<'_> {
+impl<M: Deref<Target = GuestMemoryMmap> + Clone> Iterator for Descriptors<M> {
     type Item = Result<Descriptor, ChainError>;
 
     fn next(&mut self) -> Option<Self::Item> {

@@ -1,17 +1,21 @@
 //! Bytes between files and the guest's memory, without a copy in between.
 
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestMemory as _, GuestMemoryMmap};
 
 use super::{ChainError, Descriptors, GuestBuffers};
-use crate::virtio::virtqueue::Chain;
 
 impl<'m> GuestBuffers<'m> {
     /// The two halves of a chain: what the device reads, and after it the room that it writes (virtio 1.2,
     /// section 2.7.4.2).
-    pub fn both(memory: &'m GuestMemoryMmap, chain: Chain<'m>) -> Result<(Self, Self), ChainError> {
+    pub fn both<M: Deref<Target = GuestMemoryMmap> + Clone>(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<M>,
+    ) -> Result<(Self, Self), ChainError> {
         let (mut readable, mut writable) = (Self::empty(), Self::empty());
         for descriptor in Descriptors::of(chain) {
             let descriptor = descriptor?;
@@ -43,12 +47,36 @@ impl<'m> GuestBuffers<'m> {
 
     /// Reads from a file at an offset until the room is full or the file ends; returns how many bytes.
     pub fn read_file_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        self.read_file(file, file_offset(offset)?, 0)
+    }
+
+    /// The same if all of that is in the page cache, and EAGAIN if not: then what was read is not worth anything. A file
+    /// system may not be able to tell, and reads.
+    pub fn read_cached_file_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let mut read = 0;
+        while !self.is_empty() {
+            let offset = file_offset(offset.saturating_add(read as u64))?;
+            let more = match self.read_file(file, offset, libc::RWF_NOWAIT) {
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.read_file(file, offset, 0)?
+                }
+                result => result?,
+            };
+            // A short read may be due to the end of the file, or of what is cached.
+            if more == 0 {
+                break;
+            }
+            read += more;
+        }
+        Ok(read)
+    }
+
+    fn read_file(&mut self, file: BorrowedFd<'_>, offset: i64, flags: i32) -> io::Result<usize> {
         let vectors = self.vectors();
-        let offset = file_offset(offset)?;
+        let (descriptor, count) = (file.as_raw_fd(), vectors.len() as i32);
         // SAFETY: each vector refers to guest memory that stays mapped as long as `self` borrows it. Guest memory
         // may change at any time by its nature: nothing in this process holds a reference to it.
-        let read =
-            unsafe { libc::preadv64(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, offset) };
+        let read = unsafe { libc::preadv2(descriptor, vectors.as_ptr(), count, offset, flags) };
         self.consume(read)
     }
 
@@ -65,7 +93,7 @@ impl<'m> GuestBuffers<'m> {
     /// Reads what a device or pipe has, up to `limit` bytes; returns how many. Their room is not consumed.
     pub fn read_stream(&self, file: BorrowedFd<'_>, limit: usize) -> io::Result<usize> {
         let (vectors, _) = self.message_up_to(limit);
-        // SAFETY: as for `read_file_at`.
+        // SAFETY: as for `read_file`.
         let read = unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
@@ -104,11 +132,24 @@ mod tests {
 
     use super::*;
     use crate::virtio::testing::{Descriptor, Guest, MEMORY, NEXT, Part, WRITE};
-    use crate::virtio::virtqueue::Virtqueue;
+    use crate::virtio::virtqueue::{Chain, Virtqueue};
 
     fn pop<'m>(guest: &Guest, memory: &'m GuestMemoryMmap) -> Chain<'m> {
         let mut queue = Virtqueue::from(guest.activation(0).queues.remove(0));
         queue.pop(memory).unwrap().unwrap()
+    }
+
+    #[test]
+    fn what_is_cached_is_read_up_to_the_end_of_the_file() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let mut guest = Guest::new(&[8]);
+        guest.push(0, &[Part::In(4), Part::In(8)]);
+        let memory = guest.memory.clone();
+        let (_, room) = GuestBuffers::both(&memory, pop(&guest, &memory)).unwrap();
+        let read = |offset| room.clone().read_cached_file_at(file.as_fd(), offset).unwrap();
+        assert_eq!([read(0), read(3), read(10), read(u64::from(u32::MAX))], [10, 7, 0, 0]);
+        assert!(room.clone().read_cached_file_at(file.as_fd(), u64::MAX).is_err());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use nix::unistd::{Whence, fdatasync, fsync, lseek};
 
 use super::identity::Version;
 use super::message::{MAX_DATA, Reply};
+use super::pace::Pace;
 use super::server::FileServer;
 use super::{system, wire};
 use crate::virtio::buffers::GuestBuffers;
@@ -60,9 +61,9 @@ impl FileServer {
     }
 
     /// READ.
-    pub(super) fn read(&self, id: u64, what: ReadIn, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    pub(super) fn read(&self, id: u64, what: ReadIn, reply: &mut Reply<'_>, pace: Pace) -> Result<(), Errno> {
         let handle = self.handles.get(what.fh, id)?;
-        reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_DATA) as usize)
+        reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_DATA) as usize, pace)
     }
 
     /// WRITE.

@@ -1,14 +1,16 @@
 //! One FUSE request and its reply in a chain of descriptors.
 
 use std::ffi::{CStr, CString};
+use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use nix::errno::Errno;
+use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
+use super::pace::Pace;
 use crate::virtio::buffers::{ChainError, GuestBuffers};
-use crate::virtio::virtqueue::Chain;
 
 /// The most bytes that one READ or WRITE moves.
 pub(super) const MAX_DATA: u32 = 1 << 20;
@@ -33,10 +35,10 @@ pub(super) struct Reply<'m> {
 }
 
 /// Takes a chain apart. The header must say as much as there is.
-pub(super) fn decode<'m>(
-    memory: &'m GuestMemoryMmap,
-    chain: Chain<'m>,
-) -> Result<(Option<Request<'m>>, Reply<'m>), ChainError> {
+pub(super) fn decode<M: Deref<Target = GuestMemoryMmap> + Clone>(
+    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<M>,
+) -> Result<(Option<Request<'_>>, Reply<'_>), ChainError> {
     let (mut arguments, mut body) = GuestBuffers::both(memory, chain)?;
     let header = body.split_front(size_of::<OutHeader>());
     let reply = Reply { header, body, written: 0 };
@@ -115,9 +117,18 @@ impl Reply<'_> {
     }
 
     /// Adds up to `len` bytes of a file.
-    pub(super) fn file(&mut self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<(), Errno> {
+    pub(super) fn file(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        pace: Pace,
+    ) -> Result<(), Errno> {
         self.body.truncate(len);
-        let read = self.body.read_file_at(file, offset);
+        let read = match pace {
+            Pace::AtOnce => self.body.read_cached_file_at(file, offset),
+            Pace::Any => self.body.read_file_at(file, offset),
+        };
         self.written += read.map_err(|error| Errno::try_from(error).unwrap_or(Errno::EINVAL))?;
         Ok(())
     }

@@ -3,7 +3,8 @@
 //!
 //! - [`FileServer`] is the tree with the inodes and open files that the guest refers to. It answers one request
 //!   at a time for each thread that serves a queue.
-//! - [`FsDevice`] is the device: configuration, queues, and the thread behind them.
+//! - [`FsDevice`] is the device: configuration, queues, and the thread behind them. What is quick is served on the threads
+//!   of vCPUs, see [`requests`].
 //!
 //! # Who checks permissions
 //!
@@ -39,8 +40,10 @@ mod inodes;
 mod message;
 mod names;
 mod notices;
+mod pace;
 mod pins;
 mod proc;
+mod requests;
 mod server;
 mod session;
 mod sync;
@@ -62,6 +65,9 @@ use event_manager::SubscriberId;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use self::requests::Requests;
+use self::worker::Worker;
+use super::device::Bell;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{EventLoop, EventLoopError};
 
@@ -82,6 +88,10 @@ const QUEUE_SIZES: [u16; 3] = [128, 1024, 2];
 const REQUEST_QUEUES: u32 = 1;
 /// The feature of a device that gives notices. It is the project's own, as is the patch of the driver.
 const FEATURE_NOTICES: u32 = 23;
+/// The feature of a device that serves requests [at once](requests) when its driver rings. It is the project's own, too.
+const FEATURE_AT_ONCE: u32 = 24;
+/// Where the driver rings in the configuration space.
+const BELL: u64 = 64;
 
 /// How long the guest may use what it was told without asking again, where the server would not hear of a change.
 const VALIDITY: Duration = Duration::from_millis(50);
@@ -119,6 +129,7 @@ pub struct FsDevice {
     events: EventLoop,
     _listening: EventLoop,
     worker: Option<SubscriberId>,
+    requests: Option<Arc<Requests>>,
 }
 
 impl FsDevice {
@@ -134,7 +145,7 @@ impl FsDevice {
         worker::enter(&events, &server)?;
         let listening = EventLoop::spawn_confined("fs-notices")?;
         listening.handle().add(Box::new(Listener::new(server.clone())))?;
-        Ok(Self { tag: padded, server, events, _listening: listening, worker: None })
+        Ok(Self { tag: padded, server, events, _listening: listening, worker: None, requests: None })
     }
 }
 
@@ -148,7 +159,10 @@ impl VirtioDevice for FsDevice {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << FEATURE_NOTICES
+        1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << FEATURE_NOTICES
+            | 1 << FEATURE_AT_ONCE
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -160,16 +174,28 @@ impl VirtioDevice for FsDevice {
             .for_each(|(to, from)| *to = from);
     }
 
+    fn bell(&self, offset: u64) -> Option<Arc<dyn Bell>> {
+        let requests = self.requests.as_ref().filter(|_| offset == BELL)?;
+        Some(requests.clone())
+    }
+
+    fn serves_files_on_vcpus(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if !activation.queues.iter().any(|queue| queue.index == REQUEST_QUEUE) {
-            return Err(ActivateError::MissingQueue(REQUEST_QUEUE));
-        }
-        let worker = worker::Worker::new(activation, self.server.clone());
+        let at_once = activation.features & 1 << FEATURE_AT_ONCE != 0;
+        let worker = Worker::new(activation, self.server.clone())?;
+        let requests = worker.requests();
         self.worker = Some(self.events.handle().add(Box::new(worker))?);
+        self.requests = Some(requests).filter(|_| at_once);
         Ok(())
     }
 
     fn reset(&mut self) {
+        if let Some(requests) = self.requests.take() {
+            requests.end_at_once();
+        }
         if let Some(worker) = self.worker.take() {
             // It fails only when the loop has ended, and the worker with it.
             let _ = self.events.handle().remove(worker);

@@ -1,5 +1,6 @@
 //! From requests to operations: the FUSE protocol, version 7.
 
+use std::ops::Deref;
 use std::sync::atomic::Ordering;
 
 use fuse_backend_rs::abi::fuse_abi::{
@@ -9,13 +10,14 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use nix::errno::Errno;
 use nix::unistd::UnlinkatFlags;
+use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
 use super::extended::Value;
 use super::message::{MAX_DATA, Reply, Request, component, decode, split_text};
+use super::pace::{Pace, has_to_wait};
 use super::server::FileServer;
 use super::wire::{SETXATTR_ACL_KILL_SGID, SETXATTR_EXT, SetxattrMore, StatxIn, opcode};
-use crate::virtio::virtqueue::Chain;
 
 /// The oldest protocol that the virtiofs driver was ever released with.
 const OLDEST_MINOR: u32 = 31;
@@ -24,14 +26,22 @@ const MAX_BACKGROUND: u16 = 256;
 const PAGE: u32 = 4096;
 
 impl FileServer {
-    /// Answers the request in a chain; returns how many bytes were written to it. The thread must have
-    /// [entered](super::thread::enter).
-    pub(super) fn serve(&self, memory: &GuestMemoryMmap, chain: Chain<'_>) -> u32 {
+    /// Answers the request in a chain; returns how many bytes were written to it, or nothing if it would have to wait and
+    /// may not: then it is as if it had not come. The thread must have [entered](super::thread::enter).
+    pub(super) fn serve<M: Deref<Target = GuestMemoryMmap> + Clone>(
+        &self,
+        memory: &GuestMemoryMmap,
+        chain: DescriptorChain<M>,
+        pace: Pace,
+    ) -> Option<u32> {
         // A chain without sense or a request without a header cannot be answered.
-        let Ok((request, mut reply)) = decode(memory, chain) else { return 0 };
-        let Some(mut request) = request else { return reply.finish(0, Err(Errno::EINVAL)) };
+        let Ok((request, mut reply)) = decode(memory, chain) else { return Some(0) };
+        let Some(mut request) = request else { return Some(reply.finish(0, Err(Errno::EINVAL))) };
+        if pace == Pace::AtOnce && !self.is_quick(&request, reply.room()) {
+            return None;
+        }
         let unique = request.header.unique;
-        match request.header.opcode {
+        Some(match request.header.opcode {
             opcode::FORGET | opcode::BATCH_FORGET => {
                 // Nobody waits for an answer, so an error has no place to go to.
                 let _ = self.forget_request(&mut request);
@@ -40,13 +50,16 @@ impl FileServer {
             // No request blocks in a way that could be interrupted. This one has no answer.
             opcode::INTERRUPT => 0,
             _ => {
-                let result = self.dispatch(&mut request, &mut reply);
+                let result = self.dispatch(&mut request, &mut reply, pace);
+                if pace == Pace::AtOnce && result.is_err_and(has_to_wait) {
+                    return None;
+                }
                 reply.finish(unique, result)
             }
-        }
+        })
     }
 
-    fn dispatch(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
+    fn dispatch(&self, request: &mut Request<'_>, reply: &mut Reply<'_>, pace: Pace) -> Result<(), Errno> {
         let header = request.header;
         let node = header.nodeid;
         match header.opcode {
@@ -69,7 +82,7 @@ impl FileServer {
                 reply.object(&self.open(node, flags, fuse_flags)?)
             }
             opcode::OPENDIR => reply.object(&self.open_directory(node)?),
-            opcode::READ => self.read(node, request.take()?, reply),
+            opcode::READ => self.read(node, request.take()?, reply, pace),
             opcode::READDIR => self.read_directory(node, request.take::<ReadIn>()?, false, reply),
             opcode::READDIRPLUS => self.read_directory(node, request.take::<ReadIn>()?, true, reply),
             opcode::WRITE => {

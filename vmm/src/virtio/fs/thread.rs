@@ -10,6 +10,8 @@
 //!   (`setfsuid(2)`), so that the owner is right from the first moment, in directories that the requester may
 //!   write to by a supplementary group or a capability which the host knows nothing of.
 
+use std::cell::Cell;
+
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
@@ -31,6 +33,19 @@ pub(super) fn enter(server: &FileServer) -> Result<(), Errno> {
         system::keep_capabilities()?;
     }
     Ok(())
+}
+
+thread_local! {
+    /// How it went when this thread was to become one that serves files.
+    static ENTERED: Cell<Option<Result<(), Errno>>> = const { Cell::new(None) };
+}
+
+/// The same for a thread that may be one already, or may not become one. It serves one file system after another, since
+/// /proc/self/fd is the same for all.
+pub(super) fn enter_once(server: &FileServer) -> Result<(), Errno> {
+    let entered = ENTERED.get().unwrap_or_else(|| enter(server));
+    ENTERED.set(Some(entered));
+    entered
 }
 
 /// As long as it lives, files that this thread creates belong to someone else.

@@ -344,7 +344,9 @@ impl FileServer {
             self.watches.lose(id, &self.notices);
             return Validity::SHORT;
         }
-        valid
+        // Another thread may have taken the watch away before that version, to open the file for writing after the look for
+        // writers. From now on that has a later version.
+        if self.watches.is_quiet(id) { valid } else { Validity::SHORT }
     }
 
     /// The validity of what was seen of an inode since `then` was the validity of something.

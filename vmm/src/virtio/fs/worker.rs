@@ -1,6 +1,6 @@
 //! The thread's work: take requests from the queues, have them served, tell the driver.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, mpsc};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -8,13 +8,15 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
 use vm_memory::GuestMemory as _;
 
+use super::pace::Pace;
+use super::requests::Requests;
 use super::server::FileServer;
 use super::{FEATURE_NOTICES, FsError, HIGH_PRIORITY_QUEUE, NOTICES_QUEUE, REQUEST_QUEUE, notices, thread};
 use crate::GuestMemory;
 use crate::event_loop::EventLoop;
 use crate::virtio::buffers::Descriptors;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
-use crate::virtio::{Activation, Interrupt};
+use crate::virtio::{ActivateError, Activation, Interrupt};
 
 /// How many requests of a queue are served before the other queue gets its turn.
 const BATCH: usize = 64;
@@ -23,24 +25,39 @@ const BATCH: usize = 64;
 pub(super) struct Worker {
     memory: GuestMemory,
     interrupt: Interrupt,
+    requests: Arc<Requests>,
+    /// The other queues.
     queues: Vec<Virtqueue>,
     server: Arc<FileServer>,
 }
 
 impl Worker {
     /// A worker for an active device.
-    pub(super) fn new(activation: Activation, server: Arc<FileServer>) -> Worker {
-        let Activation { memory, queues, interrupt, features } = activation;
-        let takes_notices = features & 1 << FEATURE_NOTICES != 0;
-        let known = [HIGH_PRIORITY_QUEUE, REQUEST_QUEUE];
-        let known = known.into_iter().chain(takes_notices.then_some(NOTICES_QUEUE));
-        let queues = queues.into_iter().filter(|queue| known.clone().any(|index| index == queue.index));
-        Worker { memory, interrupt, queues: queues.map(Virtqueue::from).collect(), server }
+    pub(super) fn new(mut activation: Activation, server: Arc<FileServer>) -> Result<Worker, ActivateError> {
+        let queues = std::mem::take(&mut activation.queues);
+        let mut queues: Vec<_> = queues.into_iter().map(Virtqueue::from).collect();
+        let requests = queues.iter().position(|queue| queue.index() == REQUEST_QUEUE);
+        let requests = queues.swap_remove(requests.ok_or(ActivateError::MissingQueue(REQUEST_QUEUE))?);
+        let requests = Arc::new(Requests::new(&activation, requests, server.clone()));
+        let takes_notices = activation.features & 1 << FEATURE_NOTICES != 0;
+        queues.retain(|queue| match queue.index() {
+            HIGH_PRIORITY_QUEUE => true,
+            NOTICES_QUEUE => takes_notices,
+            _ => false,
+        });
+        let Activation { memory, interrupt, .. } = activation;
+        Ok(Worker { memory, interrupt, requests, queues, server })
     }
 
-    /// Serves one batch of requests.
-    fn serve(&mut self, queue: usize) -> Result<(), QueueError> {
-        let Some(queue) = self.queues.get_mut(queue) else { return Ok(()) };
+    /// The queue of requests, which other threads may serve as well.
+    pub(super) fn requests(&self) -> Arc<Requests> {
+        self.requests.clone()
+    }
+
+    /// Serves one batch of what came by another queue than that of requests.
+    fn serve_other(&mut self, kicked: RawFd) -> Result<(), QueueError> {
+        let kicked = self.queues.iter_mut().find(|queue| queue.as_raw_fd() == kicked);
+        let Some(queue) = kicked else { return Ok(()) };
         queue.acknowledge_kick();
         if queue.index() == NOTICES_QUEUE {
             return self.server.borrow_memory(&self.memory, queue);
@@ -53,7 +70,7 @@ impl Worker {
                 return Ok(());
             };
             let head = chain.head_index();
-            let written = self.server.serve(&self.memory, chain);
+            let written = self.server.serve(&self.memory, chain, Pace::Any).unwrap_or(0);
             queue.push_used(&self.memory, head, written)?;
             // Somebody waits for just this one, and the next may take long.
             queue.notify(&self.memory, &self.interrupt)?;
@@ -64,26 +81,35 @@ impl Worker {
 
     /// Leaves the queues alone until the driver resets the device, which it is told.
     fn stop(&self, ops: &mut EventOps<'_>) {
+        self.requests.end_at_once();
         self.interrupt.needs_reset();
-        for queue in &self.queues {
-            let _ = ops.remove(Events::empty(queue));
+        for event in self.events() {
+            let _ = ops.remove(Events::empty_raw(event));
         }
+    }
+
+    /// What tells of something to do.
+    fn events(&self) -> Vec<RawFd> {
+        let others = self.queues.iter().map(AsRawFd::as_raw_fd);
+        others.chain([self.requests.event()]).collect()
     }
 }
 
 impl MutEventSubscriber for Worker {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let kicked = self.queues.iter().position(|queue| queue.as_raw_fd() == events.fd());
-        let Some(queue) = kicked else { return };
-        if self.serve(queue).is_err() {
+        let served = match events.fd() == self.requests.event() {
+            true => self.requests.serve(),
+            false => self.serve_other(events.fd()),
+        };
+        if served.is_err() {
             // The queue cannot be used any more: leave all of them alone until the driver resets the device.
             self.stop(ops);
         }
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let added = |queue| ops.add(Events::new(queue, EventSet::IN)).is_ok();
-        if !self.queues.iter().all(added) {
+        let added = |event| ops.add(Events::new_raw(event, EventSet::IN)).is_ok();
+        if !self.events().into_iter().all(added) {
             // For want of memory in the kernel. A driver that waits for nothing should hear of it.
             self.stop(ops);
         }

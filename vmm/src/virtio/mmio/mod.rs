@@ -22,6 +22,7 @@ use self::page::RegisterPage;
 use self::queue::QueueSetup;
 use self::registers::{QueueRegister, Readable, Writable};
 use self::status::Step;
+use super::device::Bell;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 
@@ -131,6 +132,16 @@ impl Transport {
         } else if let (Some(register), Ok(word)) = (Readable::at(offset), <&mut [u8; 4]>::try_from(data)) {
             *word = self.read_register(register).to_le_bytes();
         }
+    }
+
+    /// Whether the device serves files on the threads of vCPUs.
+    pub(crate) fn serves_files_on_vcpus(&self) -> bool {
+        self.device.serves_files_on_vcpus()
+    }
+
+    /// What a driver rings by a write at an offset.
+    pub(crate) fn bell(&self, offset: u64) -> Option<Arc<dyn Bell>> {
+        self.device.bell(offset.checked_sub(registers::CONFIG)?)
     }
 
     /// A driver's write. What does not exist, or is not allowed now, is ignored.

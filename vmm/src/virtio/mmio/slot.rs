@@ -164,6 +164,11 @@ impl Slot {
         }
     }
 
+    /// Whether there is a device that serves files on the threads of vCPUs.
+    pub(crate) fn serves_files_on_vcpus(&self) -> bool {
+        self.lock().as_ref().is_some_and(|plugged| plugged.transport.serves_files_on_vcpus())
+    }
+
     /// A driver's read.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         match self.lock().as_ref() {
@@ -174,8 +179,16 @@ impl Slot {
 
     /// A driver's write; an empty slot takes none.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(plugged) = self.lock().as_mut() {
-            plugged.transport.write(offset, data);
+        let mut slot = self.lock();
+        let Some(plugged) = slot.as_mut() else { return };
+        let bell = plugged.transport.bell(offset);
+        match bell {
+            Some(bell) => {
+                // Other vCPUs need not wait, nor does the device's reset: it sees to those who ring.
+                drop(slot);
+                bell.ring();
+            }
+            None => plugged.transport.write(offset, data),
         }
     }
 

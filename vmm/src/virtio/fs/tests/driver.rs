@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, WriteIn, WriteOut,
@@ -12,6 +13,7 @@ use vm_memory::ByteValued;
 
 use super::super::wire::opcode;
 use super::*;
+use crate::confine::{self, Duty};
 use crate::virtio::testing::{Guest, Part};
 
 /// Options that the driver offers, which includes all that the device could want.
@@ -95,7 +97,11 @@ impl Driver {
         parts.extend(arguments.iter().map(|part| Part::Out(part.to_vec())));
         parts.extend([Part::In(size_of::<OutHeader>() as u32), Part::In(room)]);
         self.guest.push_indirect(usize::from(REQUEST_QUEUE), &parts);
-        self.guest.kick(usize::from(REQUEST_QUEUE));
+        // By turns, so that each test is one of both ways.
+        match self.unique % 4 {
+            0 => self.ring(Duty::VcpuWithFiles),
+            _ => self.guest.kick(usize::from(REQUEST_QUEUE)),
+        }
         let used = self.guest.wait_used(usize::from(REQUEST_QUEUE));
         let (reply, body) = used.data.split_at(size_of::<OutHeader>());
         let reply: OutHeader = object(reply);
@@ -104,6 +110,16 @@ impl Driver {
             0 => Ok(body.to_vec()),
             error => Err(Errno::from_raw(-error)),
         }
+    }
+
+    /// Has the device serve at once what was pushed, on a thread that is confined as a vCPU's.
+    pub(super) fn ring(&self, duty: Duty) {
+        let bell = self.device.bell(BELL).unwrap();
+        let vcpu = || {
+            confine::enter_vcpu(duty).unwrap();
+            bell.ring();
+        };
+        thread::scope(|scope| scope.spawn(vcpu).join().unwrap());
     }
 
     /// Sends a request whose reply is one structure.

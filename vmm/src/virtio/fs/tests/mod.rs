@@ -1,5 +1,6 @@
 //! Requests over real virtqueues, against a directory of the host.
 
+mod at_once;
 mod balance;
 mod driver;
 mod files;

@@ -1,0 +1,73 @@
+//! Which requests are quick.
+
+use fuse_backend_rs::abi::fuse_abi::WriteIn;
+use nix::errno::Errno;
+
+use super::message::Request;
+use super::server::FileServer;
+use super::wire::opcode;
+
+/// The most bytes that are moved at once.
+const MAX_AT_ONCE: usize = 128 << 10;
+
+/// How a request may be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// Only without waiting.
+    AtOnce,
+    /// As it has to be.
+    Any,
+}
+
+impl FileServer {
+    /// Whether a request can be expected to be served without waiting.
+    pub(super) fn is_quick(&self, request: &Request<'_>, room: usize) -> bool {
+        let quick = match request.header.opcode {
+            opcode::LOOKUP
+            | opcode::GETATTR
+            | opcode::STATX
+            | opcode::SETATTR
+            | opcode::READLINK
+            | opcode::SYMLINK
+            | opcode::MKNOD
+            | opcode::MKDIR
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::RENAME2
+            | opcode::LINK
+            | opcode::OPEN
+            | opcode::RELEASE
+            | opcode::OPENDIR
+            | opcode::READDIR
+            | opcode::READDIRPLUS
+            | opcode::RELEASEDIR
+            | opcode::CREATE
+            | opcode::GETXATTR
+            | opcode::LISTXATTR
+            | opcode::STATFS => true,
+            opcode::READ => room <= MAX_AT_ONCE,
+            opcode::WRITE => is_quick_write(request),
+            _ => false,
+        };
+        quick && self.is_own(request.header.nodeid)
+    }
+
+    /// Whether an inode lies on a file system of this host alone, which does not wait for others.
+    fn is_own(&self, id: u64) -> bool {
+        self.inodes.get(id).is_ok_and(|inode| self.mounts.is_local(inode.mount()))
+    }
+}
+
+/// Whether a write is short, and ends with the host's page cache.
+fn is_quick_write(request: &Request<'_>) -> bool {
+    let mut arguments = request.arguments.clone();
+    let what = arguments.read_object::<WriteIn>();
+    let waits = (libc::O_SYNC | libc::O_DSYNC | libc::O_DIRECT).cast_unsigned();
+    what.is_some_and(|what| what.flags & waits == 0) && arguments.len() <= MAX_AT_ONCE
+}
+
+/// Whether an error only means that a request has to wait, and nothing was done.
+pub(super) fn has_to_wait(errno: Errno) -> bool {
+    matches!(errno, Errno::EAGAIN | Errno::EINTR)
+}
