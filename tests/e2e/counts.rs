@@ -13,15 +13,16 @@ pub const STORIES: &[(&str, Story)] =
 /// The same script makes the figures of `cargo xtask bench start`.
 const COUNT: &str = include_str!("../counts/count");
 
-/// The most that may be counted: some two fifths above what was counted when it was set.
+/// The most that may be counted: some two fifths above what was counted when it was set, after other stories. Where the
+/// host's memory is in one piece there are fewer exits, 360 with a template and 75 of an `exec`.
 const BOUNDS: &[(&str, &str, u64)] = &[
     ("cold", "exits", 1_100),
     ("cold", "faults", 1_030),
     ("cold", "bytesRead", 26_000_000),
-    ("template", "exits", 510),
+    ("template", "exits", 710),
     ("template", "faults", 3_600),
     ("template", "bytesRead", 2_900_000),
-    ("exec", "exits", 105),
+    ("exec", "exits", 190),
     ("exec", "faults", 235),
     ("exec", "bytesRead", 5_000),
 ];
