@@ -128,9 +128,9 @@ const TAP_REQUESTS: [u64; 2] = [
     nix::request_code_write!(b'T', 216, size_of::<i32>()),
 ];
 
-/// Leaves the calling thread with only those system calls that running a vCPU takes, which
-/// starts and resets devices, too. Others
-/// fail with EPERM: a container is worth more than the alarm. Without files to serve it has no capabilities either.
+/// Leaves the calling thread with only those system calls that running a vCPU takes, which starts and resets devices,
+/// too. Others fail with EPERM: a container is worth more than the alarm. Without files to serve it has no capabilities
+/// either.
 ///
 /// # Errors
 ///
