@@ -24,6 +24,8 @@ use crate::virtio::{Activation, Interrupt};
 
 /// How many requests are served before something else gets its turn.
 const BATCH: usize = 64;
+/// More than the most bytes that are moved at once have, page by page, with headers and names.
+const MAX_BUFFERS: usize = 48;
 /// What takes longer has waited for something: a large directory takes a few milliseconds of the processor alone.
 const LONG: Duration = Duration::from_millis(20);
 /// So long nothing is served at once after that.
@@ -94,6 +96,11 @@ impl Requests {
                 break;
             }
             let Some(chain) = state.take(&self.memory)? else { return Ok(()) };
+            if is_long(&chain) {
+                state.put_off.push_back(chain);
+                state.queue.kick_self();
+                continue;
+            }
             drop(state);
             let head = chain.head_index();
             let begin = Instant::now();
@@ -131,6 +138,12 @@ impl Requests {
     pub(super) fn end_at_once(&self) {
         *self.at_once.write().unwrap_or_else(PoisonError::into_inner) = false;
     }
+}
+
+/// Whether a chain is of a large request, by the number of its buffers: to take it apart costs some time, and is left to who
+/// serves it.
+fn is_long(chain: &KeptChain) -> bool {
+    chain.clone().nth(MAX_BUFFERS).is_some()
 }
 
 impl State {
