@@ -21,6 +21,8 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, kill, signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork};
 
+use crate::cgroup::{CgroupError, HostCgroup};
+
 /// Names the inherited end of the socket pair.
 const DESCRIPTOR_VARIABLE: &str = "_RVM_SOCKET";
 
@@ -90,6 +92,14 @@ impl Child {
             }
         }
         Ok(*self.status.insert(ExitStatus::from_raw(status)))
+    }
+}
+
+impl Started {
+    /// Moves the process into a container's control group, where it counts with the container and ends with it, unless it
+    /// has begun there.
+    pub fn enter(&self, cgroup: Option<&HostCgroup>) -> Result<(), CgroupError> {
+        cgroup.filter(|_| !self.is_in_cgroup).map_or(Ok(()), |cgroup| cgroup.add(self.child.id()))
     }
 }
 

@@ -87,13 +87,10 @@ pub(super) fn detach(
     let place = cgroup.and_then(HostCgroup::open);
     let place = place.as_ref().map(AsFd::as_fd);
     let start = Start { title, subcommand: SUBCOMMAND, terminal: slave, cgroup: place };
-    let Started { mut child, socket, is_in_cgroup } = start.spawn().map_err(StubError::from)?;
-    // It counts with its container, and ends with it.
-    let entered = match cgroup.filter(|_| !is_in_cgroup) {
-        Some(cgroup) => cgroup.add(child.id()).map_err(crate::error::Error::from),
-        None => Ok(()),
-    };
-    let result = entered.and_then(|()| prepare()).and_then(|()| Ok(instruct(&socket, connection, exec)?));
+    let started = start.spawn().map_err(StubError::from)?;
+    let result = started.enter(cgroup).map_err(crate::error::Error::from);
+    let Started { mut child, socket, .. } = started;
+    let result = result.and_then(|()| prepare()).and_then(|()| Ok(instruct(&socket, connection, exec)?));
     match result {
         Ok(()) => Ok(child),
         Err(error) => {

@@ -3,14 +3,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{sethostname, setsid};
+use nix::unistd::{close, sethostname, setsid};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::MonitorError;
@@ -69,9 +69,7 @@ pub fn detach(terminal: bool) -> io::Result<()> {
 /// (`expand_fdtable`), some 10 ms in the midst of a start. Now there is one thread.
 fn make_room_for_descriptors() {
     // It is closed at once; the table stays as large. Where so many are not allowed, it grows later.
-    let highest = fcntl(io::stdin(), FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1));
-    // SAFETY: the call has made it just now, for nobody else.
-    drop(highest.map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+    let _ = fcntl(io::stdin(), FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1)).and_then(close);
 }
 
 /// Enters the container's namespaces on this host: those that the spec has a path for, otherwise new ones. What processes

@@ -22,7 +22,7 @@ use crate::cause::Cause;
 use crate::cgroup::{CgroupError, HostCgroup};
 use crate::control::{Command, Connection, ControlError, Packet, receive, send};
 use crate::logging::{Log, LogFormat};
-use crate::reexec::{self, Start, Started};
+use crate::reexec::{self, Start};
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "network";
@@ -79,15 +79,12 @@ pub fn spawn(
         let terminal = Some(null.as_fd());
         Start { title: &title, subcommand: SUBCOMMAND, terminal, cgroup: place }.spawn()
     };
-    let Started { child, socket, is_in_cgroup } =
-        spawn().map_err(|error| FollowError::Spawn(error.into()))?;
+    let started = spawn().map_err(|error| FollowError::Spawn(error.into()))?;
     // Without a word it ends when the socket is closed.
-    if let Some(cgroup) = cgroup.filter(|_| !is_in_cgroup) {
-        cgroup.add(child.id())?;
-    }
+    started.enter(cgroup)?;
     let descriptors: Vec<_> =
         [connection.as_fd(), netns].into_iter().chain(log.file().map(AsFd::as_fd)).collect();
-    Ok(send(&socket, assignment, &descriptors)?)
+    Ok(send(&started.socket, assignment, &descriptors)?)
 }
 
 /// Runs as the process, until the monitor has ended.

@@ -234,7 +234,7 @@ impl Guest {
         put(&0_u16.to_le_bytes(), AVAILABLE + 4 + 2 * u64::from(self.sent % QUEUE_SIZE));
         self.sent = self.sent.wrapping_add(1);
         put(&self.sent.to_le_bytes(), AVAILABLE + 2);
-        let chain = self.queue.pop(memory).expect("the queue is sound").expect("there is a request");
+        let chain = self.queue.pop_kept(memory).expect("the queue is sound").expect("there is a request");
         let head = chain.head_index();
         let written = server.serve(memory, chain.clone(), Pace::AtOnce);
         let written = written.or_else(|| server.serve(memory, chain, Pace::Any)).unwrap_or(0);

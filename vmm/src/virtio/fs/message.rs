@@ -1,16 +1,15 @@
 //! One FUSE request and its reply in a chain of descriptors.
 
 use std::ffi::{CStr, CString};
-use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use nix::errno::Errno;
-use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::pace::Pace;
 use crate::virtio::buffers::{ChainError, GuestBuffers};
+use crate::virtio::virtqueue::KeptChain;
 
 /// The most bytes that one READ or WRITE moves.
 pub(super) const MAX_DATA: u32 = 1 << 20;
@@ -35,9 +34,9 @@ pub(super) struct Reply<'m> {
 }
 
 /// Takes a chain apart. The header must say as much as there is.
-pub(super) fn decode<M: Deref<Target = GuestMemoryMmap> + Clone>(
+pub(super) fn decode(
     memory: &GuestMemoryMmap,
-    chain: DescriptorChain<M>,
+    chain: KeptChain,
 ) -> Result<(Option<Request<'_>>, Reply<'_>), ChainError> {
     let (mut arguments, mut body) = GuestBuffers::both(memory, chain)?;
     let header = body.split_front(size_of::<OutHeader>());

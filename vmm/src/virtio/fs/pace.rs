@@ -6,9 +6,12 @@ use nix::errno::Errno;
 use super::message::Request;
 use super::server::FileServer;
 use super::wire::opcode;
+use crate::virtio::virtqueue::KeptChain;
 
 /// The most bytes that are moved at once.
 const MAX_AT_ONCE: usize = 128 << 10;
+/// So many buffers they have at most, page by page, with headers and names.
+const MAX_BUFFERS: usize = MAX_AT_ONCE / 4096 + 16;
 
 /// How a request may be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +60,12 @@ impl FileServer {
     fn is_own(&self, id: u64) -> bool {
         self.inodes.get(id).is_ok_and(|inode| self.mounts.is_local(inode.mount()))
     }
+}
+
+/// Whether a chain is of a large request, by the number of its buffers: to take it apart costs some time, and is left to who
+/// serves it.
+pub(super) fn is_long(chain: &KeptChain) -> bool {
+    chain.clone().nth(MAX_BUFFERS).is_some()
 }
 
 /// Whether a write is short, and ends with the host's page cache.

@@ -1,4 +1,4 @@
-//! The queue of requests, as the threads share it that serve them.
+//! A queue of requests, as the threads share it that serve them.
 //!
 //! A request is answered by the device's own thread, or *at once*: on the thread of the vCPU whose guest has sent it, while
 //! that waits for its kick to end. It finds the answer when it goes on, and neither another thread nor an interrupt was
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::inodes::lock;
-use super::pace::Pace;
+use super::pace::{Pace, is_long};
 use super::server::FileServer;
 use super::thread;
 use crate::GuestMemory;
@@ -24,14 +24,12 @@ use crate::virtio::{Activation, Interrupt};
 
 /// How many requests are served before something else gets its turn.
 const BATCH: usize = 64;
-/// More than the most bytes that are moved at once have, page by page, with headers and names.
-const MAX_BUFFERS: usize = 48;
 /// What takes longer has waited for something: a large directory takes a few milliseconds of the processor alone.
 const LONG: Duration = Duration::from_millis(20);
 /// So long nothing is served at once after that.
 const REST: Duration = Duration::from_millis(100);
 
-/// The queue of requests of an active device.
+/// A queue of requests of an active device.
 pub(super) struct Requests {
     memory: GuestMemory,
     interrupt: Interrupt,
@@ -97,8 +95,7 @@ impl Requests {
             }
             let Some(chain) = state.take(&self.memory)? else { return Ok(()) };
             if is_long(&chain) {
-                state.put_off.push_back(chain);
-                state.queue.kick_self();
+                state.put_off(chain);
                 continue;
             }
             drop(state);
@@ -111,10 +108,7 @@ impl Requests {
             let mut state = lock(&self.state);
             match written {
                 Some(written) => state.queue.push_used_unannounced(&self.memory, head, written)?,
-                None => {
-                    state.put_off.push_back(chain);
-                    state.queue.kick_self();
-                }
+                None => state.put_off(chain),
             }
         }
         lock(&self.state).queue.kick_self();
@@ -140,13 +134,13 @@ impl Requests {
     }
 }
 
-/// Whether a chain is of a large request, by the number of its buffers: to take it apart costs some time, and is left to who
-/// serves it.
-fn is_long(chain: &KeptChain) -> bool {
-    chain.clone().nth(MAX_BUFFERS).is_some()
-}
-
 impl State {
+    /// Leaves a request to the device's thread.
+    fn put_off(&mut self, chain: KeptChain) {
+        self.put_off.push_back(chain);
+        self.queue.kick_self();
+    }
+
     /// The next request of the queue. Where there is none, the driver kicks for it.
     fn take(&mut self, memory: &GuestMemory) -> Result<Option<KeptChain>, QueueError> {
         loop {

@@ -1,6 +1,5 @@
 //! From requests to operations: the FUSE protocol, version 7.
 
-use std::ops::Deref;
 use std::sync::atomic::Ordering;
 
 use fuse_backend_rs::abi::fuse_abi::{
@@ -10,7 +9,6 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use nix::errno::Errno;
 use nix::unistd::UnlinkatFlags;
-use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
 use super::extended::Value;
@@ -18,6 +16,7 @@ use super::message::{MAX_DATA, Reply, Request, component, decode, split_text};
 use super::pace::{Pace, has_to_wait};
 use super::server::FileServer;
 use super::wire::{SETXATTR_ACL_KILL_SGID, SETXATTR_EXT, SetxattrMore, StatxIn, opcode};
+use crate::virtio::virtqueue::KeptChain;
 
 /// The oldest protocol that the virtiofs driver was ever released with.
 const OLDEST_MINOR: u32 = 31;
@@ -28,12 +27,7 @@ const PAGE: u32 = 4096;
 impl FileServer {
     /// Answers the request in a chain; returns how many bytes were written to it, or nothing if it would have to wait and
     /// may not: then it is as if it had not come. The thread must have [entered](super::thread::enter).
-    pub(super) fn serve<M: Deref<Target = GuestMemoryMmap> + Clone>(
-        &self,
-        memory: &GuestMemoryMmap,
-        chain: DescriptorChain<M>,
-        pace: Pace,
-    ) -> Option<u32> {
+    pub(super) fn serve(&self, memory: &GuestMemoryMmap, chain: KeptChain, pace: Pace) -> Option<u32> {
         // A chain without sense or a request without a header cannot be answered.
         let Ok((request, mut reply)) = decode(memory, chain) else { return Some(0) };
         let Some(mut request) = request else { return Some(reply.finish(0, Err(Errno::EINVAL))) };

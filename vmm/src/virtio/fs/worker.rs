@@ -8,7 +8,6 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
 use vm_memory::GuestMemory as _;
 
-use super::pace::Pace;
 use super::requests::Requests;
 use super::server::FileServer;
 use super::{FEATURE_NOTICES, FsError, HIGH_PRIORITY_QUEUE, NOTICES_QUEUE, REQUEST_QUEUE, notices, thread};
@@ -18,17 +17,16 @@ use crate::virtio::buffers::Descriptors;
 use crate::virtio::virtqueue::{QueueError, Virtqueue};
 use crate::virtio::{ActivateError, Activation, Interrupt};
 
-/// How many requests of a queue are served before the other queue gets its turn.
-const BATCH: usize = 64;
-
 /// What the device runs on its thread.
 pub(super) struct Worker {
     memory: GuestMemory,
     interrupt: Interrupt,
-    requests: Arc<Requests>,
-    /// The other queues.
-    queues: Vec<Virtqueue>,
     server: Arc<FileServer>,
+    requests: Arc<Requests>,
+    /// Those that must not wait for others.
+    urgent: Option<Requests>,
+    /// By which memory for notices is lent.
+    notices: Option<Virtqueue>,
 }
 
 impl Worker {
@@ -36,17 +34,17 @@ impl Worker {
     pub(super) fn new(mut activation: Activation, server: Arc<FileServer>) -> Result<Worker, ActivateError> {
         let queues = std::mem::take(&mut activation.queues);
         let mut queues: Vec<_> = queues.into_iter().map(Virtqueue::from).collect();
-        let requests = queues.iter().position(|queue| queue.index() == REQUEST_QUEUE);
-        let requests = queues.swap_remove(requests.ok_or(ActivateError::MissingQueue(REQUEST_QUEUE))?);
-        let requests = Arc::new(Requests::new(&activation, requests, server.clone()));
+        let mut take = |index| {
+            let place = queues.iter().position(|queue| queue.index() == index)?;
+            Some(queues.swap_remove(place))
+        };
+        let requests = |queue| Requests::new(&activation, queue, server.clone());
+        let urgent = take(HIGH_PRIORITY_QUEUE).map(requests);
+        let requests = requests(take(REQUEST_QUEUE).ok_or(ActivateError::MissingQueue(REQUEST_QUEUE))?);
         let takes_notices = activation.features & 1 << FEATURE_NOTICES != 0;
-        queues.retain(|queue| match queue.index() {
-            HIGH_PRIORITY_QUEUE => true,
-            NOTICES_QUEUE => takes_notices,
-            _ => false,
-        });
+        let notices = take(NOTICES_QUEUE).filter(|_| takes_notices);
         let Activation { memory, interrupt, .. } = activation;
-        Ok(Worker { memory, interrupt, requests, queues, server })
+        Ok(Worker { memory, interrupt, server, requests: Arc::new(requests), urgent, notices })
     }
 
     /// The queue of requests, which other threads may serve as well.
@@ -54,29 +52,15 @@ impl Worker {
         self.requests.clone()
     }
 
-    /// Serves one batch of what came by another queue than that of requests.
-    fn serve_other(&mut self, kicked: RawFd) -> Result<(), QueueError> {
-        let kicked = self.queues.iter_mut().find(|queue| queue.as_raw_fd() == kicked);
-        let Some(queue) = kicked else { return Ok(()) };
+    /// Serves one batch of what came by a queue.
+    fn serve(&mut self, kicked: RawFd) -> Result<(), QueueError> {
+        let mut queues = [Some(&*self.requests), self.urgent.as_ref()].into_iter().flatten();
+        if let Some(requests) = queues.find(|requests| requests.event() == kicked) {
+            return requests.serve();
+        }
+        let Some(queue) = &mut self.notices else { return Ok(()) };
         queue.acknowledge_kick();
-        if queue.index() == NOTICES_QUEUE {
-            return self.server.borrow_memory(&self.memory, queue);
-        }
-        for _ in 0..BATCH {
-            let Some(chain) = queue.pop(&self.memory)? else {
-                if queue.enable_kicks(&self.memory)? {
-                    continue;
-                }
-                return Ok(());
-            };
-            let head = chain.head_index();
-            let written = self.server.serve(&self.memory, chain, Pace::Any).unwrap_or(0);
-            queue.push_used(&self.memory, head, written)?;
-            // Somebody waits for just this one, and the next may take long.
-            queue.notify(&self.memory, &self.interrupt)?;
-        }
-        queue.kick_self();
-        Ok(())
+        self.server.borrow_memory(&self.memory, queue)
     }
 
     /// Leaves the queues alone until the driver resets the device, which it is told.
@@ -90,18 +74,15 @@ impl Worker {
 
     /// What tells of something to do.
     fn events(&self) -> Vec<RawFd> {
-        let others = self.queues.iter().map(AsRawFd::as_raw_fd);
-        others.chain([self.requests.event()]).collect()
+        let urgent = self.urgent.iter().map(Requests::event);
+        let notices = self.notices.iter().map(AsRawFd::as_raw_fd);
+        urgent.chain(notices).chain([self.requests.event()]).collect()
     }
 }
 
 impl MutEventSubscriber for Worker {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let served = match events.fd() == self.requests.event() {
-            true => self.requests.serve(),
-            false => self.serve_other(events.fd()),
-        };
-        if served.is_err() {
+        if self.serve(events.fd()).is_err() {
             // The queue cannot be used any more: leave all of them alone until the driver resets the device.
             self.stop(ops);
         }

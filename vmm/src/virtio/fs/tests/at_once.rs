@@ -91,6 +91,21 @@ fn what_waits_for_a_disk_is_put_off_and_holds_nothing_up() {
 }
 
 #[test]
+fn a_request_of_many_buffers_is_left_to_the_devices_thread() {
+    let mut driver = Driver::new();
+    hear(&driver);
+    let header = InHeader { opcode: opcode::LOOKUP, unique: 100, nodeid: ROOT, ..Default::default() };
+    let name = b"missing\0";
+    let header = InHeader { len: (size_of::<InHeader>() + name.len()) as u32, ..header };
+    let mut parts = vec![Part::Out([header.as_slice(), name].concat())];
+    parts.extend((0..60).map(|_| Part::In(16)));
+    driver.guest.push(QUEUE, &parts);
+    driver.ring(Duty::VcpuWithFiles);
+    driver.guest.wait_interrupt();
+    assert_eq!(answer(&mut driver), Some((100, 0)));
+}
+
+#[test]
 fn what_is_read_is_whole_whether_or_not_it_is_cached() {
     let mut driver = Driver::new();
     let contents: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
