@@ -34,6 +34,11 @@ pub const FIRST_FREE_SLOT: u8 = 4;
 pub const SLOTS: u8 = 9;
 /// How many of the kernel's last lines an error shows.
 const LAST_LINES: usize = 12;
+/// How many lines of the beginning of its report come before them.
+const FIRST_OF_REPORT: usize = 4;
+/// How the kernel begins to report that it cannot go on.
+const REPORTS: [&str; 6] =
+    ["BUG: ", "Oops: ", "general protection fault", "divide error", "invalid opcode", "Kernel panic"];
 
 /// A machine that is built and not started, with what could only be opened before the change of the root.
 pub struct Built {
@@ -188,11 +193,15 @@ fn with_last_lines(why: String, machine: &Machine) -> String {
     }
 }
 
-/// The last lines that say something. The console's bytes are the guest's, so control characters go.
+/// The last lines that say something, and before them how the kernel's report of its end begins: the registers which
+/// follow that are more lines than are shown. The console's bytes are the guest's, so control characters go.
 fn last_lines(console: &str) -> String {
     let lines: Vec<_> =
         console.lines().map(|line| tame(line).trim().to_owned()).filter(|line| !line.is_empty()).collect();
-    lines[lines.len().saturating_sub(LAST_LINES)..].join(" | ")
+    let last = lines.len().saturating_sub(LAST_LINES);
+    let report = lines[..last].iter().position(|line| REPORTS.iter().any(|begin| line.contains(begin)));
+    let begin = report.map_or(0..0, |first| first..last.min(first + FIRST_OF_REPORT));
+    [&lines[begin], &lines[last..]].concat().join(" | ")
 }
 
 #[cfg(test)]
@@ -206,5 +215,18 @@ mod tests {
         let many = (0..100).map(|number| format!("{number}\n")).collect::<String>();
         assert!(last_lines(&many).starts_with("88 | ") && last_lines(&many).ends_with("| 99"));
         assert_eq!(last_lines(""), "");
+    }
+
+    #[test]
+    fn a_report_longer_than_the_last_lines_is_shown_with_its_beginning() {
+        let registers = (0..30).map(|number| format!("register {number}\n")).collect::<String>();
+        let console = format!("Booting\nOops: general protection fault\nCPU: 0\n{registers}Kernel panic\n");
+        let lines = last_lines(&console);
+        assert!(lines.starts_with(
+            "Oops: general protection fault | CPU: 0 | register 0 | register 1 | register 19 | "
+        ));
+        assert!(lines.ends_with("| register 29 | Kernel panic"), "{lines}");
+        let short = last_lines("Oops: 0000\nCPU: 0\nKernel panic\n");
+        assert_eq!(short, "Oops: 0000 | CPU: 0 | Kernel panic");
     }
 }
