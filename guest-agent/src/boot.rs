@@ -74,6 +74,7 @@ fn set_up_guest(settings: &Settings) -> Result<()> {
     cgroup::enable_controllers(Path::new("/sys/fs/cgroup"));
     protect_agent()?;
     promise_memory()?;
+    compact_on_demand();
     network::bring_loopback_up()
 }
 
@@ -81,6 +82,12 @@ fn set_up_guest(settings: &Settings) -> Result<()> {
 /// own judgement the kernel promises no more at once than the machine has, which is little above the container's limit.
 fn promise_memory() -> Result<()> {
     fs::write("/proc/sys/vm/overcommit_memory", "1").context(|| "promising memory as a larger machine would")
+}
+
+/// The kernel would wake up twice a second to see whether its free memory is in pieces, in each of many idle guests of a
+/// host. It puts memory together when huge pages are asked for in any case. A kernel that never does it has no such setting.
+fn compact_on_demand() {
+    let _ = fs::write("/proc/sys/vm/compaction_proactiveness", "0");
 }
 
 /// The initial root cannot be exchanged by `pivot_root`, nor can a root that lies directly on it. So the
