@@ -53,6 +53,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("network", network::accidents::STORIES),
     ("beside_runc", beside_runc::STORIES),
     ("volumes", volumes::STORIES),
+    ("volumes", volumes::large::STORIES),
     ("options", options::STORIES),
     ("accidents", accidents::STORIES),
     ("templates", templates::STORIES),

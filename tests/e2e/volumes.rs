@@ -1,6 +1,8 @@
 //! Volumes: the same commands under rvm and under runc, and the same must come out. Where a virtual machine has to
 //! differ, a story says how.
 
+pub mod large;
+
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};

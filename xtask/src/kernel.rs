@@ -29,6 +29,7 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/fuse-at-once.patch"),
     include_str!("../../kernels/patches/fuse-create-first.patch"),
     include_str!("../../kernels/patches/fuse-lazy.patch"),
+    include_str!("../../kernels/patches/fuse-past-cache.patch"),
     include_str!("../../kernels/patches/boot-io-apic.patch"),
     include_str!("../../kernels/patches/boot-text.patch"),
     include_str!("../../kernels/patches/boot-init-memory.patch"),

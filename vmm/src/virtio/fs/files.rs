@@ -11,7 +11,7 @@ use nix::fcntl::{FallocateFlags, OFlag, copy_file_range, fallocate};
 use nix::unistd::{Whence, fdatasync, fsync, lseek};
 
 use super::identity::Version;
-use super::message::{MAX_DATA, Reply};
+use super::message::{MAX_READ, MAX_WRITE, Reply};
 use super::pace::Pace;
 use super::server::FileServer;
 use super::{system, wire};
@@ -63,7 +63,7 @@ impl FileServer {
     /// READ.
     pub(super) fn read(&self, id: u64, what: ReadIn, reply: &mut Reply<'_>, pace: Pace) -> Result<(), Errno> {
         let handle = self.handles.get(what.fh, id)?;
-        reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_DATA) as usize, pace)
+        reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_READ) as usize, pace)
     }
 
     /// WRITE.
@@ -73,7 +73,7 @@ impl FileServer {
         what: WriteIn,
         data: &mut GuestBuffers<'_>,
     ) -> Result<WriteOut, Errno> {
-        if what.size > MAX_DATA || data.len() != what.size as usize {
+        if what.size > MAX_WRITE || data.len() != what.size as usize {
             return Err(Errno::EINVAL);
         }
         let handle = self.handles.get(what.fh, id)?;

@@ -11,8 +11,15 @@ use super::pace::Pace;
 use crate::virtio::buffers::{ChainError, GuestBuffers};
 use crate::virtio::virtqueue::KeptChain;
 
-/// The most bytes that one READ or WRITE moves.
-pub(super) const MAX_DATA: u32 = 1 << 20;
+/// The most bytes that one WRITE moves.
+pub(super) const MAX_WRITE: u32 = 1 << 20;
+/// So many pages a request touches at most: as much as that, wherever in a page it begins.
+pub(super) const MAX_PAGES: u16 = (MAX_WRITE / PAGE) as u16 + 1;
+/// The most bytes that one READ moves. A driver takes a shorter answer for the end of the file, so that is all that its
+/// pages hold.
+pub(super) const MAX_READ: u32 = MAX_PAGES as u32 * PAGE;
+/// The size of a page of memory.
+const PAGE: u32 = 4096;
 /// The most bytes of text that come with a request: an extended attribute's name and value are the longest.
 const MAX_TEXT: usize = 68 << 10;
 /// Longest name of a file (NAME_MAX).

@@ -6,12 +6,6 @@ use nix::errno::Errno;
 use super::message::Request;
 use super::server::FileServer;
 use super::wire::opcode;
-use crate::virtio::virtqueue::KeptChain;
-
-/// The most bytes that are moved at once.
-const MAX_AT_ONCE: usize = 128 << 10;
-/// So many buffers they have at most, page by page, with headers and names.
-const MAX_BUFFERS: usize = MAX_AT_ONCE / 4096 + 16;
 
 /// How a request may be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +18,7 @@ pub(super) enum Pace {
 
 impl FileServer {
     /// Whether a request can be expected to be served without waiting.
-    pub(super) fn is_quick(&self, request: &Request<'_>, room: usize) -> bool {
+    pub(super) fn is_quick(&self, request: &Request<'_>) -> bool {
         let quick = match request.header.opcode {
             opcode::LOOKUP
             | opcode::GETATTR
@@ -46,10 +40,10 @@ impl FileServer {
             | opcode::READDIRPLUS
             | opcode::RELEASEDIR
             | opcode::CREATE
+            | opcode::READ
             | opcode::GETXATTR
             | opcode::LISTXATTR
             | opcode::STATFS => true,
-            opcode::READ => room <= MAX_AT_ONCE,
             opcode::WRITE => is_quick_write(request),
             _ => false,
         };
@@ -62,18 +56,12 @@ impl FileServer {
     }
 }
 
-/// Whether a chain is of a large request, by the number of its buffers: to take it apart costs some time, and is left to who
-/// serves it.
-pub(super) fn is_long(chain: &KeptChain) -> bool {
-    chain.clone().nth(MAX_BUFFERS).is_some()
-}
-
-/// Whether a write is short, and ends with the host's page cache.
+/// Whether a write ends with the host's page cache.
 fn is_quick_write(request: &Request<'_>) -> bool {
     let mut arguments = request.arguments.clone();
     let what = arguments.read_object::<WriteIn>();
     let waits = (libc::O_SYNC | libc::O_DSYNC | libc::O_DIRECT).cast_unsigned();
-    what.is_some_and(|what| what.flags & waits == 0) && arguments.len() <= MAX_AT_ONCE
+    what.is_some_and(|what| what.flags & waits == 0)
 }
 
 /// Whether an error only means that a request has to wait, and nothing was done.

@@ -3,7 +3,7 @@
 //! A request is answered by the device's own thread, or *at once*: on the thread of the vCPU whose guest has sent it, while
 //! that waits for its kick to end. It finds the answer when it goes on, and neither another thread nor an interrupt was
 //! needed. That is for what is quick; all else is put off to the device's thread, so that no vCPU waits for a disk:
-//! - requests that wait for one by their nature, and large ones;
+//! - requests that wait for one by their nature;
 //! - reads of what is not in the host's page cache;
 //! - files that are not this host's own;
 //! - for a moment everything, after a request that took long all the same.
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::inodes::lock;
-use super::pace::{Pace, is_long};
+use super::pace::Pace;
 use super::server::FileServer;
 use super::thread;
 use crate::GuestMemory;
@@ -94,10 +94,6 @@ impl Requests {
                 break;
             }
             let Some(chain) = state.take(&self.memory)? else { return Ok(()) };
-            if is_long(&chain) {
-                state.put_off(chain);
-                continue;
-            }
             drop(state);
             let head = chain.head_index();
             let begin = Instant::now();

@@ -12,7 +12,7 @@ use nix::unistd::UnlinkatFlags;
 use vm_memory::GuestMemoryMmap;
 
 use super::extended::Value;
-use super::message::{MAX_DATA, Reply, Request, component, decode, split_text};
+use super::message::{MAX_PAGES, MAX_WRITE, Reply, Request, component, decode, split_text};
 use super::pace::{Pace, has_to_wait};
 use super::server::FileServer;
 use super::wire::{SETXATTR_ACL_KILL_SGID, SETXATTR_EXT, SetxattrMore, StatxIn, opcode};
@@ -22,7 +22,6 @@ use crate::virtio::virtqueue::KeptChain;
 const OLDEST_MINOR: u32 = 31;
 /// How many requests the guest may have under way that nobody waits for, such as read-ahead.
 const MAX_BACKGROUND: u16 = 256;
-const PAGE: u32 = 4096;
 
 impl FileServer {
     /// Answers the request in a chain; returns how many bytes were written to it, or nothing if it would have to wait and
@@ -31,7 +30,7 @@ impl FileServer {
         // A chain without sense or a request without a header cannot be answered.
         let Ok((request, mut reply)) = decode(memory, chain) else { return Some(0) };
         let Some(mut request) = request else { return Some(reply.finish(0, Err(Errno::EINVAL))) };
-        if pace == Pace::AtOnce && !self.is_quick(&request, reply.room()) {
+        if pace == Pace::AtOnce && !self.is_quick(&request) {
             return None;
         }
         let unique = request.header.unique;
@@ -189,14 +188,14 @@ impl FileServer {
         // Relaxed: requests that come before the driver has seen the answer are nobody's.
         self.options.store(flags, Ordering::Relaxed);
         Ok(InitOut {
-            max_readahead: offer.max_readahead.min(MAX_DATA),
+            max_readahead: offer.max_readahead.min(MAX_WRITE),
             flags,
             max_background: MAX_BACKGROUND,
             congestion_threshold: MAX_BACKGROUND / 4 * 3,
-            max_write: MAX_DATA,
+            max_write: MAX_WRITE,
             // Nanoseconds count.
             time_gran: 1,
-            max_pages: (MAX_DATA / PAGE) as u16,
+            max_pages: MAX_PAGES,
             ..version
         })
     }

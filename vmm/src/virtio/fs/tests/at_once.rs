@@ -10,6 +10,7 @@ use vm_memory::ByteValued;
 use super::driver::{ROOT, object};
 use super::*;
 use crate::confine::Duty;
+use crate::virtio::fs::message::MAX_READ;
 use crate::virtio::fs::wire::opcode;
 use crate::virtio::testing::{Guest, Part};
 
@@ -91,18 +92,22 @@ fn what_waits_for_a_disk_is_put_off_and_holds_nothing_up() {
 }
 
 #[test]
-fn a_request_of_many_buffers_is_left_to_the_devices_thread() {
+fn a_mebibyte_is_moved_at_once_wherever_in_its_pages_it_begins() {
     let mut driver = Driver::new();
+    let contents: Vec<u8> = (0..MAX_READ).map(|number| (number / 4096) as u8).collect();
+    let (node, fh) = open_file(&mut driver, &contents);
+    let read = ReadIn { fh, size: MAX_READ, ..Default::default() };
+    let write = WriteIn { fh, size: 1 << 20, offset: 4096, ..Default::default() };
     hear(&driver);
-    let header = InHeader { opcode: opcode::LOOKUP, unique: 100, nodeid: ROOT, ..Default::default() };
-    let name = b"missing\0";
-    let header = InHeader { len: (size_of::<InHeader>() + name.len()) as u32, ..header };
-    let mut parts = vec![Part::Out([header.as_slice(), name].concat())];
-    parts.extend((0..60).map(|_| Part::In(16)));
-    driver.guest.push(QUEUE, &parts);
+    push(&mut driver, 100, opcode::READ, node, read.as_slice(), MAX_READ);
     driver.ring(Duty::VcpuWithFiles);
-    driver.guest.wait_interrupt();
-    assert_eq!(answer(&mut driver), Some((100, 0)));
+    let used = driver.guest.pop_used(QUEUE).expect("it is read before the kick is over");
+    assert!(used.data[size_of::<OutHeader>()..] == contents, "a short answer is the end of the file");
+    push(&mut driver, 102, opcode::WRITE, node, &[write.as_slice(), &vec![7; 1 << 20]].concat(), 128);
+    driver.ring(Duty::VcpuWithFiles);
+    assert_eq!(answer(&mut driver), Some((102, 0)));
+    let changed = fs::read(driver.host("file")).unwrap();
+    assert!(changed[..4096] == contents[..4096] && changed[4096..].iter().all(|byte| *byte == 7));
 }
 
 #[test]

@@ -58,7 +58,7 @@ impl Driver {
         let mut driver = Driver { guest, device, options: 0, user, root, unique: 0 };
         let init = InitIn { major: 7, minor: 40, max_readahead: 128 << 10, flags: OPTIONS };
         let reply: InitOut = driver.object(opcode::INIT, 0, &[init.as_slice()]).unwrap();
-        assert_eq!((reply.major, reply.max_write, reply.max_pages), (7, 1 << 20, 256));
+        assert_eq!((reply.major, reply.max_write, reply.max_pages), (7, 1 << 20, 257));
         driver.options = reply.flags;
         driver
     }
