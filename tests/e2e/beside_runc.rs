@@ -114,7 +114,7 @@ fn what_a_privileged_container_does() -> Result<()> {
     const STEPS: &str = "mkdir /t && mount -t tmpfs none /t && touch /t/x && ls /t && umount /t && ls /t; \
                          dd if=/dev/zero of=/image bs=1M count=4 2>/dev/null; ls -l /dev/loop-control | cut -c 1; \
                          mknod /node b 7 7 && losetup /node /image && losetup /node && losetup -d /node; \
-                         hostname other && hostname; ip link add d0 type veth peer name d1 && ip link | grep -c d0; \
+                         hostname other && hostname; ip link add d0 type veth peer name d1 && ip link | grep -c ' d[01]@'; \
                          echo 5 >/proc/sys/vm/swappiness && cat /proc/sys/vm/swappiness; \
                          mount -o remount,ro / && touch /y; echo $?";
     let before = shell("cat /proc/sys/vm/swappiness")?.text();

@@ -1,8 +1,9 @@
 //! Whether a story failed for a fault of the software processor, and not of rvm.
 //!
-//! Rarely, on a busy machine, the emulator resumes a guest with flags that are the operand of some comparison. The guest's
-//! kernel dies, and says what its flags were. That is told apart from a fault of rvm's by bits that no processor has: flags
-//! that KVM or a guest had set would have lost them.
+//! Rarely, on a busy machine, the emulator leaves a guest with flags that are the operand of some calculation, and resumes it
+//! so. Older versions of QEMU may have written what an instruction's flags follow from when its store to memory faults, and
+//! then take it for flags. The guest's kernel dies, and says what its flags were. That is told apart from a fault of rvm's by
+//! bits that no processor has: flags that KVM or a guest had set would have lost them.
 
 /// The bits of EFLAGS that are always zero: 3, 5, 15, and all from 22 (AMD64 Architecture Programmer's Manual, volume 2, 3.1.6).
 const RESERVED: u64 = !0 << 22 | 1 << 15 | 1 << 5 | 1 << 3;
