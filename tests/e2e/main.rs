@@ -34,6 +34,7 @@ mod volumes;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use rvm_tests::support::processor;
 
 /// What a user does, and what must come out.
 type Story = fn() -> anyhow::Result<()>;
@@ -100,16 +101,17 @@ fn main() -> ExitCode {
 fn trial(suite: &str, name: &str, story: Story) -> Trial {
     let name = format!("{suite}::{name}");
     Trial::test(name.clone(), move || {
-        let mut outcome = tell(story);
-        if let Err(failure) = outcome.as_ref().map_err(|error| format!("{error:?}"))
-            && rvm_tests::support::processor::is_at_fault(&failure)
-        {
-            eprintln!(
-                "{name}: the software processor lost its flags, so the story is told once more: {failure}"
-            );
-            outcome = tell(story);
-        }
-        outcome.map_err(|error| Failed::from(format!("{error:?}")))
+        let told = || tell(story).map_err(|error| format!("{error:?}"));
+        let outcome = match told() {
+            Err(failure) if processor::is_at_fault(&failure) => {
+                eprintln!(
+                    "{name}: the software processor lost its flags, so the story is told once more: {failure}"
+                );
+                told()
+            }
+            outcome => outcome,
+        };
+        outcome.map_err(Failed::from)
     })
 }
 

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use super::{folder, path};
 use crate::Story;
 use crate::beside_runc::{Docker, same, told};
-use crate::command::{docker, eventually, shell};
+use crate::command::{docker, docker_run, eventually, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("pieces_of_all_sizes_are_whole", pieces_of_all_sizes_are_whole),
@@ -59,8 +59,8 @@ const CACHED: &str = r#"
 fn what_is_read_once_is_cached_once() -> Result<()> {
     let folder = folder()?;
     let volume = format!("{}:/volume", path(folder.path()));
-    let command = ["--runtime", "rvm", "-v", &volume, "-w", "/volume", "debian", "sh", "-c", CACHED];
-    let shown = docker(&[&["run", "--rm"], &command[..]].concat())?.expect_code(0)?.text();
+    let command = ["-v", &volume, "-w", "/volume", "debian", "sh", "-c", CACHED];
+    let shown = docker_run(&command)?.expect_code(0)?.text();
     let grown: Vec<i64> = shown.lines().map(str::parse).collect::<Result<_, _>>()?;
     let [written, read, again] = grown[..] else { anyhow::bail!("it said {shown}") };
     ensure!(written < 8 << 10, "a guest caches {written} KiB of 64 MiB that it has written");

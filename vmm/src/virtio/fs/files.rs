@@ -12,7 +12,7 @@ use nix::unistd::{Whence, fdatasync, fsync, lseek};
 
 use super::identity::Version;
 use super::message::{MAX_READ, MAX_WRITE, Reply};
-use super::pace::Pace;
+use super::pace::{Pace, waits_for_disk};
 use super::server::FileServer;
 use super::{system, wire};
 use crate::virtio::buffers::GuestBuffers;
@@ -72,7 +72,11 @@ impl FileServer {
         id: u64,
         what: WriteIn,
         data: &mut GuestBuffers<'_>,
+        pace: Pace,
     ) -> Result<WriteOut, Errno> {
+        if pace == Pace::AtOnce && waits_for_disk(what.flags) {
+            return Err(Errno::EAGAIN);
+        }
         if what.size > MAX_WRITE || data.len() != what.size as usize {
             return Err(Errno::EINVAL);
         }

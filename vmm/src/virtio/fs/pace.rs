@@ -1,9 +1,8 @@
 //! Which requests are quick.
 
-use fuse_backend_rs::abi::fuse_abi::WriteIn;
+use fuse_backend_rs::abi::fuse_abi::InHeader;
 use nix::errno::Errno;
 
-use super::message::Request;
 use super::server::FileServer;
 use super::wire::opcode;
 
@@ -17,37 +16,37 @@ pub(super) enum Pace {
 }
 
 impl FileServer {
-    /// Whether a request can be expected to be served without waiting.
-    pub(super) fn is_quick(&self, request: &Request<'_>) -> bool {
-        let quick = match request.header.opcode {
+    /// Whether a request of this kind can be expected to be served without waiting.
+    pub(super) fn is_quick(&self, request: &InHeader) -> bool {
+        let quick = matches!(
+            request.opcode,
             opcode::LOOKUP
-            | opcode::GETATTR
-            | opcode::STATX
-            | opcode::SETATTR
-            | opcode::READLINK
-            | opcode::SYMLINK
-            | opcode::MKNOD
-            | opcode::MKDIR
-            | opcode::UNLINK
-            | opcode::RMDIR
-            | opcode::RENAME
-            | opcode::RENAME2
-            | opcode::LINK
-            | opcode::OPEN
-            | opcode::RELEASE
-            | opcode::OPENDIR
-            | opcode::READDIR
-            | opcode::READDIRPLUS
-            | opcode::RELEASEDIR
-            | opcode::CREATE
-            | opcode::READ
-            | opcode::GETXATTR
-            | opcode::LISTXATTR
-            | opcode::STATFS => true,
-            opcode::WRITE => is_quick_write(request),
-            _ => false,
-        };
-        quick && self.is_own(request.header.nodeid)
+                | opcode::GETATTR
+                | opcode::STATX
+                | opcode::SETATTR
+                | opcode::READLINK
+                | opcode::SYMLINK
+                | opcode::MKNOD
+                | opcode::MKDIR
+                | opcode::UNLINK
+                | opcode::RMDIR
+                | opcode::RENAME
+                | opcode::RENAME2
+                | opcode::LINK
+                | opcode::OPEN
+                | opcode::RELEASE
+                | opcode::OPENDIR
+                | opcode::READDIR
+                | opcode::READDIRPLUS
+                | opcode::RELEASEDIR
+                | opcode::CREATE
+                | opcode::READ
+                | opcode::WRITE
+                | opcode::GETXATTR
+                | opcode::LISTXATTR
+                | opcode::STATFS
+        );
+        quick && self.is_own(request.nodeid)
     }
 
     /// Whether an inode lies on a file system of this host alone, which does not wait for others.
@@ -56,12 +55,9 @@ impl FileServer {
     }
 }
 
-/// Whether a write ends with the host's page cache.
-fn is_quick_write(request: &Request<'_>) -> bool {
-    let mut arguments = request.arguments.clone();
-    let what = arguments.read_object::<WriteIn>();
-    let waits = (libc::O_SYNC | libc::O_DSYNC | libc::O_DIRECT).cast_unsigned();
-    what.is_some_and(|what| what.flags & waits == 0)
+/// Whether a write with these flags of its file goes further than to the host's page cache.
+pub(super) fn waits_for_disk(flags: u32) -> bool {
+    flags & (libc::O_SYNC | libc::O_DSYNC | libc::O_DIRECT).cast_unsigned() != 0
 }
 
 /// Whether an error only means that a request has to wait, and nothing was done.

@@ -104,7 +104,10 @@ impl Requests {
             let mut state = lock(&self.state);
             match written {
                 Some(written) => state.queue.push_used_unannounced(&self.memory, head, written)?,
-                None => state.put_off(chain),
+                None => {
+                    state.put_off.push_back(chain);
+                    state.queue.kick_self();
+                }
             }
         }
         lock(&self.state).queue.kick_self();
@@ -131,12 +134,6 @@ impl Requests {
 }
 
 impl State {
-    /// Leaves a request to the device's thread.
-    fn put_off(&mut self, chain: KeptChain) {
-        self.put_off.push_back(chain);
-        self.queue.kick_self();
-    }
-
     /// The next request of the queue. Where there is none, the driver kicks for it.
     fn take(&mut self, memory: &GuestMemory) -> Result<Option<KeptChain>, QueueError> {
         loop {

@@ -30,7 +30,7 @@ impl FileServer {
         // A chain without sense or a request without a header cannot be answered.
         let Ok((request, mut reply)) = decode(memory, chain) else { return Some(0) };
         let Some(mut request) = request else { return Some(reply.finish(0, Err(Errno::EINVAL))) };
-        if pace == Pace::AtOnce && !self.is_quick(&request) {
+        if pace == Pace::AtOnce && !self.is_quick(&request.header) {
             return None;
         }
         let unique = request.header.unique;
@@ -80,7 +80,7 @@ impl FileServer {
             opcode::READDIRPLUS => self.read_directory(node, request.take::<ReadIn>()?, true, reply),
             opcode::WRITE => {
                 let what = request.take::<WriteIn>()?;
-                reply.object(&self.write(node, what, &mut request.arguments)?)
+                reply.object(&self.write(node, what, &mut request.arguments, pace)?)
             }
             opcode::RELEASE | opcode::RELEASEDIR => self.release(request.take::<ReleaseIn>()?.fh),
             opcode::FSYNC | opcode::FSYNCDIR => self.sync(node, request.take::<FsyncIn>()?),
