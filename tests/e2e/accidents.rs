@@ -8,7 +8,9 @@ use serde_json::json;
 
 use crate::Story;
 use crate::bundle::{Bundle, add_mounts, mount};
-use crate::command::{docker, docker_run, docker_start, eventually, exit_code, rvm, shell, spawn, wait_for};
+use crate::command::{
+    docker, docker_run, docker_start, eventually, exit_code, rvm, rvm_detached, shell, spawn, wait_for,
+};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("the_monitor_is_killed", the_monitor_is_killed),
@@ -120,8 +122,7 @@ fn the_monitor_is_killed_under_an_engine() -> Result<()> {
 
 fn an_exec_stub_is_killed() -> Result<()> {
     let bundle = Bundle::new(&["sleep", "1000"])?;
-    shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
-        .expect_code(0)?;
+    rvm_detached(&["run", "--detach", "--bundle", bundle.path(), "story"])?;
     let mut exec = spawn("rvm", &["exec", "story", "sleep", "777"])?;
     let sleeps = || -> Result<bool> {
         Ok(rvm(&["exec", "story", "ps", "-o", "args"])?.expect_code(0)?.text().contains("sleep 777"))

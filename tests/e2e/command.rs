@@ -1,6 +1,6 @@
 //! Running programs the way a user at a shell does, with words for what went wrong.
 
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -172,6 +172,22 @@ pub fn docker_run(arguments: &[&str]) -> Result<Outcome> {
 /// `rvm` with these arguments.
 pub fn rvm(arguments: &[&str]) -> Result<Outcome> {
     run("rvm", arguments)
+}
+
+/// `rvm` with these arguments, which leaves a container running. That one has its error stream, so this is no pipe: nothing
+/// would end it.
+pub fn rvm_detached(arguments: &[&str]) -> Result<()> {
+    let mut errors = tempfile::tempfile()?;
+    let mut command = Command::new("rvm");
+    command.args(arguments).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors.try_clone()?);
+    let words = format!("{command:?}").replace('"', "");
+    let status = wait_for(&mut command.spawn()?, &words)?;
+    let mut said = String::new();
+    errors.rewind()?;
+    errors.read_to_string(&mut said)?;
+    ensure!(status.success(), "`{words}` ended with {}\nstderr: {said}", exit_code(status));
+    Ok(())
 }
 
 /// A line of shell, on the host.

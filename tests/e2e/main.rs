@@ -34,7 +34,6 @@ mod volumes;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use rvm_tests::support::processor;
 
 /// What a user does, and what must come out.
 type Story = fn() -> anyhow::Result<()>;
@@ -99,19 +98,8 @@ fn main() -> ExitCode {
 }
 
 fn trial(suite: &str, name: &str, story: Story) -> Trial {
-    let name = format!("{suite}::{name}");
-    Trial::test(name.clone(), move || {
-        let told = || tell(story).map_err(|error| format!("{error:?}"));
-        let outcome = match told() {
-            Err(failure) if processor::is_at_fault(&failure) => {
-                eprintln!(
-                    "{name}: the software processor lost its flags, so the story is told once more: {failure}"
-                );
-                told()
-            }
-            outcome => outcome,
-        };
-        outcome.map_err(Failed::from)
+    Trial::test(format!("{suite}::{name}"), move || {
+        tell(story).map_err(|error| Failed::from(format!("{error:?}")))
     })
 }
 

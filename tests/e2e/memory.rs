@@ -1,5 +1,6 @@
 //! What a container's memory costs the host.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -8,7 +9,7 @@ use serde_json::Value;
 
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{docker, docker_start, eventually, rvm, shell};
+use crate::command::{docker, docker_start, eventually, rvm, rvm_detached, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("what_is_freed_goes_back_to_the_host", what_is_freed_goes_back_to_the_host),
@@ -47,8 +48,7 @@ fn what_is_freed_goes_back_to_the_host() -> Result<()> {
 fn stats_tell_what_containers_cost() -> Result<()> {
     let bundle = Bundle::new(&["sleep", "1000"])?;
     for name in ["story-one", "story-two"] {
-        let start = format!("rvm run --detach --bundle {} {name} </dev/null >/dev/null 2>&1", bundle.path());
-        shell(&start)?.expect_code(0)?;
+        rvm_detached(&["run", "--detach", "--bundle", bundle.path(), name])?;
     }
     let shown = rvm(&["stats", "--format", "json"])?.expect_code(0)?.text();
     let rows: Vec<Value> = serde_json::from_str(&shown)?;
@@ -97,21 +97,22 @@ fn sixty_containers_run_at_once() -> Result<()> {
     let path = bundle.path();
     // So that none of them boots, and all share what they have not changed.
     rvm(&["template", "create"])?.expect_code(0)?;
-    let start = |name: &str| format!("rvm run --detach --bundle {path} {name} </dev/null >/dev/null 2>&1");
-    let timed = |number: usize| {
+    let start = |number: usize| {
         let begin = Instant::now();
-        shell(&start(&format!("story-{number}")))?.expect_code(0)?;
+        rvm_detached(&["run", "--detach", "--bundle", path, &format!("story-{number}")])?;
         anyhow::Ok(begin.elapsed())
     };
-    let first = (0..HALF).map(timed).collect::<Result<Vec<_>>>()?;
-    shell(&format!(
-        "for i in $(seq {HALF} {}); do {} & pids=\"$pids $!\"; done; for p in $pids; do wait $p || exit 1; done",
-        2 * HALF - 1,
-        start("story-$i")
-    ))?
-    .expect_code(0)?;
-
-    let last = (2 * HALF..ALL).map(timed).collect::<Result<Vec<_>>>()?;
+    let first = (0..HALF).map(start).collect::<Result<Vec<_>>>()?;
+    thread::scope(|scope| {
+        let starts = (HALF..2 * HALF).map(|number| scope.spawn(move || start(number)));
+        // All of them are on their way before the first is waited for.
+        let starts = starts.collect::<Vec<_>>();
+        starts.into_iter().try_for_each(|start| match start.join() {
+            Ok(outcome) => outcome.map(drop),
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })?;
+    let last = (2 * HALF..ALL).map(start).collect::<Result<Vec<_>>>()?;
 
     for number in 0..ALL {
         rvm(&["exec", &format!("story-{number}"), "echo", "here"])?.expect_text("here")?;

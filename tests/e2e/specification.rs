@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::Story;
 use crate::bundle::{Bundle, add_mounts, mount};
-use crate::command::{Outcome, run, rvm, shell, spawn};
+use crate::command::{Outcome, run, rvm, rvm_detached, shell, spawn};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("hooks_write_to_a_root_that_will_be_read_only", hooks_write_to_a_root_that_will_be_read_only),
@@ -101,8 +101,7 @@ fn a_container_that_joins_a_uts_namespace_has_its_name() -> Result<()> {
 
 fn an_exec_can_wait_for_the_end_of_a_pause() -> Result<()> {
     let bundle = Bundle::new(&["sleep", "1000"])?;
-    shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
-        .expect_code(0)?;
+    rvm_detached(&["run", "--detach", "--bundle", bundle.path(), "story"])?;
     rvm(&["pause", "story"])?.expect_code(0)?;
     rvm(&["exec", "story", "true"])?.expect_failure(&["paused"])?;
     let mut resume = spawn("sh", &["-c", "sleep 1; rvm resume story"])?;

@@ -6,7 +6,7 @@ use super::namespace::Namespace;
 use super::{Network, address, gateway};
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{docker, docker_run, docker_start, eventually, rvm, shell};
+use crate::command::{docker, docker_run, docker_start, eventually, rvm, rvm_detached, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("the_network_is_taken_away_under_a_container", the_network_is_taken_away_under_a_container),
@@ -117,8 +117,7 @@ fn containers_come_and_go_in_one_namespace() -> Result<()> {
 
     // One that is killed as well.
     let bundle = bundle_in(&namespace, &["sleep", "1000"])?;
-    shell(&format!("rvm run --detach --bundle {} story </dev/null >/dev/null 2>&1", bundle.path()))?
-        .expect_code(0)?;
+    rvm_detached(&["run", "--detach", "--bundle", bundle.path(), "story"])?;
     let during = traces()?;
     ensure!(during.taps > 0 && during.rules > 0, "this looks at the wrong place: {during:?}");
     shell("pkill -9 -f '^rvm: story'")?.expect_code(0)?;

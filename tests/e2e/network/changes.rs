@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::namespace::Namespace;
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{docker, docker_start, eventually, rvm, shell};
+use crate::command::{docker, docker_start, eventually, rvm, rvm_detached, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("a_running_container_joins_and_leaves_networks", a_running_container_joins_and_leaves_networks),
@@ -155,11 +155,8 @@ fn in_a_namespace(story: impl FnOnce(&dyn Fn(&str) -> Result<String>) -> Result<
         allow_networking(config);
     })?;
     let log = format!("{}/log", bundle.path());
-    let started = format!(
-        "rvm --log {log} run --detach --bundle {} e2e-changes >/dev/null 2>&1 </dev/null",
-        bundle.path()
-    );
-    let outcome = shell(&started)?.expect_code(0).and_then(|_| {
+    let run = ["--log", &log, "run", "--detach", "--bundle", bundle.path(), "e2e-changes"];
+    let outcome = rvm_detached(&run).and_then(|()| {
         story(&|line| match line.strip_prefix("log") {
             Some(_) => Ok(fs::read_to_string(&log).unwrap_or_default()),
             None => Ok(rvm(&["exec", "e2e-changes", "sh", "-c", line])?.text()),

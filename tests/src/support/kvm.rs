@@ -26,7 +26,10 @@ impl Accelerator {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host", "-smp", "2"],
             // More than one CPU or thread is not reliable here: QEMU's multi-threaded translator loses races with
             // the host kernel's patching of its own code (`Oops: int3`), and guests with two CPUs on one thread hang.
-            Self::Software => ["-accel", &software, "-cpu", "EPYC", "-smp", "1"],
+            // Without cmpxchg16b, of which QEMU 7.2 takes an operand of the instruction before it for the flags. Kernels
+            // allocate memory with it where they can; one that is interrupted right behind it, as a guest is by each exit,
+            // goes on with flags that trap its next step, or have it in virtual-8086 mode.
+            Self::Software => ["-accel", &software, "-cpu", "EPYC,-cx16", "-smp", "1"],
         };
         words.map(str::to_owned).into()
     }
@@ -76,6 +79,6 @@ mod tests {
     #[test]
     fn the_software_processor_is_a_single_amd_one() {
         let line = Accelerator::Software.arguments(512).join(" ");
-        assert_eq!(line, "-accel tcg,thread=single,tb-size=512 -cpu EPYC -smp 1");
+        assert_eq!(line, "-accel tcg,thread=single,tb-size=512 -cpu EPYC,-cx16 -smp 1");
     }
 }

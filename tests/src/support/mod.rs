@@ -8,6 +8,5 @@ pub mod mirror;
 pub mod modules;
 pub mod packages;
 pub mod process;
-pub mod processor;
 pub mod progress;
 pub mod shell;
