@@ -54,6 +54,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("beside_runc", beside_runc::STORIES),
     ("volumes", volumes::STORIES),
     ("volumes", volumes::large::STORIES),
+    ("volumes", volumes::small::STORIES),
     ("options", options::STORIES),
     ("accidents", accidents::STORIES),
     ("templates", templates::STORIES),

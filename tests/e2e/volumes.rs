@@ -2,6 +2,7 @@
 //! differ, a story says how.
 
 pub mod large;
+pub mod small;
 
 use std::path::Path;
 

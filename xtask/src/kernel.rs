@@ -30,6 +30,8 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/fuse-create-first.patch"),
     include_str!("../../kernels/patches/fuse-lazy.patch"),
     include_str!("../../kernels/patches/fuse-past-cache.patch"),
+    include_str!("../../kernels/patches/fuse-read-unopened.patch"),
+    include_str!("../../kernels/patches/fuse-no-ioctl.patch"),
     include_str!("../../kernels/patches/boot-io-apic.patch"),
     include_str!("../../kernels/patches/boot-text.patch"),
     include_str!("../../kernels/patches/boot-init-memory.patch"),

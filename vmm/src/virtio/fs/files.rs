@@ -1,6 +1,7 @@
 //! Requests about the contents of files.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuse_backend_rs::abi::fuse_abi::{
@@ -10,9 +11,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, copy_file_range, fallocate};
 use nix::unistd::{Whence, fdatasync, fsync, lseek};
 
+use super::handles::{Handle, UNOPENED};
 use super::identity::Version;
 use super::message::{MAX_READ, MAX_WRITE, Reply};
 use super::pace::{Pace, waits_for_disk};
+use super::pins::Node;
 use super::server::FileServer;
 use super::{system, wire};
 use crate::virtio::buffers::GuestBuffers;
@@ -40,13 +43,12 @@ impl FileServer {
             true => self.unprivileged(&node.file)?,
             false => None,
         };
-        let open = || self.open_inode(&node, flags);
         let file = match flags & (OFlag::O_ACCMODE | OFlag::O_TRUNC) == OFlag::O_RDONLY {
-            true => self.watches.open_to_read(id, &self.notices, open)?,
+            true => self.open_to_read(&node, flags)?,
             false => {
                 // All that the guest writes would be an event.
                 self.watches.lose(id, &self.notices);
-                open()?
+                self.open_inode(&node, flags)?
             }
         };
         drop(unprivileged);
@@ -60,9 +62,27 @@ impl FileServer {
         Ok(OpenOut { fh, open_flags, ..Default::default() })
     }
 
+    fn open_to_read(&self, node: &Node, flags: OFlag) -> Result<OwnedFd, Errno> {
+        self.watches.open_to_read(node.inode.id, &self.notices, || self.open_inode(node, flags))
+    }
+
+    /// The file of a request that reads. The guest need not have opened one that it knows not to have changed, see
+    /// [`super::watches`]: all of it is in its cache mostly, or comes there by one request.
+    fn readable(&self, id: u64, number: u64) -> Result<Arc<Handle>, Errno> {
+        if number != UNOPENED {
+            return self.handles.get(number, id);
+        }
+        let node = self.node(id)?;
+        if node.inode.kind() != libc::S_IFREG {
+            return Err(Errno::EBADF);
+        }
+        let file = self.open_to_read(&node, OFlag::O_RDONLY)?;
+        Ok(Arc::new(Handle::new(node, file)))
+    }
+
     /// READ.
     pub(super) fn read(&self, id: u64, what: ReadIn, reply: &mut Reply<'_>, pace: Pace) -> Result<(), Errno> {
-        let handle = self.handles.get(what.fh, id)?;
+        let handle = self.readable(id, what.fh)?;
         reply.file(handle.file.as_fd(), what.offset, what.size.min(MAX_READ) as usize, pace)
     }
 
@@ -103,7 +123,7 @@ impl FileServer {
 
     /// FSYNC and FSYNCDIR.
     pub(super) fn sync(&self, id: u64, what: FsyncIn) -> Result<(), Errno> {
-        let handle = self.handles.get(what.fh, id)?;
+        let handle = self.readable(id, what.fh)?;
         match what.fsync_flags & wire::FSYNC_DATA_ONLY != 0 {
             true => fdatasync(&handle.file),
             false => fsync(&handle.file),
@@ -123,7 +143,7 @@ impl FileServer {
 
     /// LSEEK: where data or holes are. Other positions are the guest's business.
     pub(super) fn seek(&self, id: u64, what: LseekIn) -> Result<LseekOut, Errno> {
-        let handle = self.handles.get(what.fh, id)?;
+        let handle = self.readable(id, what.fh)?;
         let whence = match what.whence as i32 {
             libc::SEEK_DATA => Whence::SeekData,
             libc::SEEK_HOLE => Whence::SeekHole,
@@ -139,7 +159,7 @@ impl FileServer {
 
     /// COPY_FILE_RANGE: copies within the host, less than asked for where that is much.
     pub(super) fn copy(&self, id: u64, what: CopyFileRangeIn) -> Result<WriteOut, Errno> {
-        let from = self.handles.get(what.fh_in, id)?;
+        let from = self.readable(id, what.fh_in)?;
         let to = self.handles.get(what.fh_out, what.nodeid_out)?;
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::EFBIG);
         let (mut source, mut target) = (signed(what.offset_in)?, signed(what.offset_out)?);

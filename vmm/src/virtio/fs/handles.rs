@@ -9,6 +9,9 @@ use nix::errno::Errno;
 use super::inodes::lock;
 use super::pins::Node;
 
+/// The number of files that the guest reads without having opened them. The table has none of that number.
+pub(super) const UNOPENED: u64 = 0;
+
 /// An open file or directory.
 #[derive(Debug)]
 pub(super) struct Handle {
@@ -18,6 +21,13 @@ pub(super) struct Handle {
     pub(super) file: OwnedFd,
     /// Where a directory's next entries will be read from. Held while they are.
     pub(super) position: Mutex<u64>,
+}
+
+impl Handle {
+    /// A file that was just opened.
+    pub(super) fn new(node: Node, file: OwnedFd) -> Handle {
+        Handle { node, file, position: Mutex::new(0) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -47,8 +57,7 @@ impl Handles {
         }
         table.last += 1;
         let number = table.last;
-        let handle = Handle { node: node.clone(), file, position: Mutex::new(0) };
-        table.open.insert(number, Arc::new(handle));
+        table.open.insert(number, Arc::new(Handle::new(node.clone(), file)));
         Ok(number)
     }
 

@@ -90,6 +90,8 @@ const REQUEST_QUEUES: u32 = 1;
 const FEATURE_NOTICES: u32 = 23;
 /// The feature of a device that serves requests [at once](requests) when its driver rings. It is the project's own, too.
 const FEATURE_AT_ONCE: u32 = 24;
+/// The feature of a device that takes requests to read what was not opened, as it was looked at and has not changed.
+const FEATURE_READ_UNOPENED: u32 = 22;
 /// Where the driver rings in the configuration space.
 const BELL: u64 = 64;
 
@@ -163,6 +165,7 @@ impl VirtioDevice for FsDevice {
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
             | 1 << FEATURE_NOTICES
             | 1 << FEATURE_AT_ONCE
+            | 1 << FEATURE_READ_UNOPENED
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

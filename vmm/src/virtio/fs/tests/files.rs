@@ -79,6 +79,30 @@ fn what_is_written_is_read() {
 }
 
 #[test]
+fn a_file_is_read_without_having_been_opened_and_nothing_else_is_done_so() {
+    let mut driver = Driver::new();
+    fs::write(driver.host("file"), "contents").unwrap();
+    fs::create_dir(driver.host("folder")).unwrap();
+    let fifo = std::ffi::CString::new(driver.host("fifo").to_str().unwrap()).unwrap();
+    nix::unistd::mkfifo(fifo.as_c_str(), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let [file, folder, fifo] =
+        [c"file", c"folder", c"fifo"].map(|name| driver.lookup(ROOT, name).unwrap().nodeid);
+
+    assert_eq!(driver.read(file, 0, 3, 100).unwrap(), b"tents");
+    fs::remove_file(driver.host("file")).unwrap();
+    assert_eq!(driver.read(file, 0, 0, 8).unwrap(), b"contents", "the guest still knows it");
+    let sync = FsyncIn { fh: 0, fsync_flags: 0, padding: 0 };
+    driver.call(opcode::FSYNC, file, &[sync.as_slice()]).unwrap();
+
+    assert_eq!(driver.write(file, WriteIn::default(), b"x"), Err(Errno::EBADF));
+    assert_eq!(driver.call(opcode::RELEASE, file, &[ReleaseIn::default().as_slice()]), Err(Errno::EBADF));
+    for other in [folder, fifo] {
+        assert_eq!(driver.read(other, 0, 0, 8), Err(Errno::EBADF));
+    }
+    assert!(driver.read(1 << 40, 0, 0, 8).is_err());
+}
+
+#[test]
 fn appended_data_goes_to_the_end_but_mapped_data_to_its_place() {
     let mut driver = Driver::new();
     fs::write(driver.host("log"), "one\n").unwrap();

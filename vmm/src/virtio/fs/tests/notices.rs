@@ -102,6 +102,24 @@ fn is_plain() -> bool {
 }
 
 #[test]
+fn to_read_what_was_not_opened_is_no_change() {
+    if !is_plain() {
+        return;
+    }
+    let mut guest = Listening::new();
+    let (valid, id) = guest.file("file");
+    let subjects = [Subject::Access(id), Subject::Contents(id)];
+    for _ in 0..3 {
+        assert_eq!(guest.driver.read(id, 0, 0, 100).unwrap(), b"contents");
+    }
+    guest.lookup(ROOT, c"file");
+    assert!(guest.is_valid(valid, &subjects));
+    fs::write(guest.driver.host("file"), "CONTENTS").unwrap();
+    guest.until_invalid(valid, &subjects);
+    assert_eq!(guest.driver.read(id, 0, 0, 100).unwrap(), b"CONTENTS");
+}
+
+#[test]
 fn names_are_valid_until_the_host_changes_them() {
     let mut guest = Listening::new();
     fs::write(guest.driver.host("file"), "").unwrap();

@@ -1,0 +1,109 @@
+//! Small files that are read again and again, as interpreters and compilers do. Nothing is asked for while nothing changes, and
+//! nobody may notice that but by the time that it takes.
+
+use anyhow::{Context, Result, ensure};
+
+use super::{folder, path};
+use crate::Story;
+use crate::beside_runc::{same, told};
+use crate::command::{docker, docker_start, eventually, shell};
+
+pub const STORIES: &[(&str, Story)] = &[
+    ("what_has_not_changed_is_not_asked_for", what_has_not_changed_is_not_asked_for),
+    ("each_change_is_read", each_change_is_read),
+];
+
+/// How many files are read.
+const FILES: u64 = 100;
+/// How often each of them is read.
+const TIMES: u64 = 50;
+
+/// Reads all files so many times, and before that until they are known: with pauses longer than anything is valid for a time.
+const READ: &str = "
+import os, sys, time
+def read():
+    for number in range(100):
+        os.stat(f'file-{number}')
+        with open(f'file-{number}', 'rb') as file:
+            assert len(file.read()) == 1000
+for _ in range(3):
+    read()
+    time.sleep(0.1)
+for _ in range(int(sys.argv[1])):
+    read()
+";
+
+fn what_has_not_changed_is_not_asked_for() -> Result<()> {
+    let folder = folder()?;
+    let host = path(folder.path());
+    shell(&format!("cd {host} && for i in $(seq 0 {}); do printf %1000s x >file-$i; done", FILES - 1))?
+        .expect_code(0)?;
+    let volume = format!("{host}:/volume");
+    let id = docker_start(&["-v", &volume, "-w", "/volume", "debian", "sleep", "1000"])?;
+    let monitor = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.expect_code(0)?.text();
+    let requests_for = |times: u64| -> Result<u64> {
+        let before = requests(&monitor)?;
+        docker(&["exec", &id, "python3", "-c", READ, &times.to_string()])?.expect_code(0)?;
+        Ok(requests(&monitor)? - before)
+    };
+    // The first time the interpreter itself is read, too.
+    requests_for(0)?;
+    let (none, many) = (requests_for(0)?, requests_for(TIMES)?);
+    docker(&["rm", "-f", &id])?.expect_code(0)?;
+    let more = many.saturating_sub(none);
+    println!("{none} requests without, {many} with {TIMES} readings of {FILES} files");
+    ensure!(more < FILES * TIMES / 10, "{more} requests to read {FILES} files {TIMES} times");
+    Ok(())
+}
+
+/// How often a machine's vCPUs have rung at a device, which is how a file system is asked.
+fn requests(monitor: &str) -> Result<u64> {
+    let look = format!(
+        "dir=$(mktemp -d) && mount -t debugfs none $dir && cat $dir/kvm/{monitor}-*/mmio_exits; umount $dir && rmdir $dir"
+    );
+    let count = shell(&look)?.expect_code(0)?.text();
+    count.parse().with_context(|| format!("the number of exits is {count:?}"))
+}
+
+/// How often the host changes a file.
+const CHANGES: usize = 40;
+
+/// Has a file in its caches all the time, and says what is in it as soon as it was told that there is something new. The file is
+/// as long as before, and may have been changed twice in a tick of the host's clock, so that its times tell nothing.
+const FOLLOW: &str = "
+import os, sys
+def read():
+    os.stat('file')
+    with open('file') as file:
+        return file.read()
+for step in range(int(sys.argv[1])):
+    while not os.path.exists(f'changed-{step}'):
+        read()
+    print(read())
+    open(f'seen-{step}', 'w').close()
+";
+
+fn each_change_is_read() -> Result<()> {
+    same(|docker_with| {
+        let folder = folder()?;
+        let host = path(folder.path());
+        shell(&format!("cd {host} && echo 000 >file"))?.expect_code(0)?;
+        let volume = format!("{host}:/volume");
+        let steps = CHANGES.to_string();
+        let command = ["-v", &volume, "-w", "/volume", "debian", "python3", "-uc", FOLLOW, &steps];
+        let id = docker_with.start(&command)?;
+        let change = format!(
+            "cd {host}; for i in $(seq 0 {}); do for n in 700 800 9$(printf %02d $i); do printf $n 1<>file; done; \
+             >changed-$i; until [ -e seen-$i ]; do :; done; done",
+            CHANGES - 1
+        );
+        let changed = shell(&change)?.expect_code(0);
+        let over = || Ok(docker(&["inspect", "-f", "{{.State.Running}}", &id])?.text() == "false");
+        let shown =
+            changed.and_then(|_| eventually("the program has ended", over)).map(|()| docker(&["logs", &id]));
+        let shown = told(&shown??);
+        docker(&["rm", "-f", &id])?.expect_code(0)?;
+        ensure!(shown.contains("939"), "the program saw too little: {shown}");
+        Ok(shown)
+    })
+}
