@@ -13,6 +13,7 @@ mod compare;
 mod counts;
 mod daemon;
 mod daemons;
+mod durations;
 mod engines;
 mod execs;
 mod exit_codes;
@@ -95,12 +96,15 @@ fn main() -> ExitCode {
         .iter()
         .flat_map(|(suite, stories)| stories.iter().map(move |(name, story)| trial(suite, name, *story)))
         .collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    durations::tell_longest();
+    conclusion.exit_code()
 }
 
 fn trial(suite: &str, name: &str, story: Story) -> Trial {
-    Trial::test(format!("{suite}::{name}"), move || {
-        tell(story).map_err(|error| Failed::from(format!("{error:?}")))
+    let name = format!("{suite}::{name}");
+    Trial::test(name.clone(), move || {
+        durations::noted(&name, || tell(story)).map_err(|error| Failed::from(format!("{error:?}")))
     })
 }
 

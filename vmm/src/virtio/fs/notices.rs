@@ -11,6 +11,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -59,17 +60,28 @@ impl Subject<'_> {
 }
 
 /// The guest's memory for notices, and the version of the last one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Notices {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     version: u64,
     lent: Option<(GuestMemory, GuestAddress)>,
     /// Nobody would hear of a change.
     deaf: bool,
+}
+
+impl Default for Notices {
+    /// Nobody takes notices yet. Versions begin with the clock's microseconds, later than those of the device of a captured
+    /// machine, which has left its notices in the memory that its clones lend anew. Were they earlier, for a clock that was
+    /// set back, the guest would only ask more often.
+    fn default() -> Notices {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let version = time.as_micros() as u64 & !UNTIL_NOTICE;
+        Notices { state: Mutex::new(State { version, lent: None, deaf: false }) }
+    }
 }
 
 impl Notices {
@@ -142,6 +154,19 @@ mod tests {
         ] {
             assert_eq!(word(&memory, 4096, other), 0, "{other:?}");
         }
+    }
+
+    #[test]
+    fn what_an_earlier_device_has_left_in_the_memory_ends_nothing() {
+        let (earlier, memory) = (Notices::default(), memory());
+        earlier.lend(memory.clone(), GuestAddress(0));
+        (0..100).for_each(|_| earlier.give(Subject::Everything));
+        // A clone is not made in the same instant.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        let notices = Notices::default();
+        notices.lend(memory.clone(), GuestAddress(0));
+        let now = notices.validity().unwrap() & !UNTIL_NOTICE;
+        assert!(word(&memory, 0, Subject::Everything) <= now);
     }
 
     #[test]
