@@ -250,16 +250,19 @@ impl Inodes {
         let mut table = self.table();
         let Some(known) = table.by_id.get_mut(&id).filter(|_| id != ROOT) else { return };
         known.lookups = known.lookups.saturating_sub(times);
-        if known.lookups == 0 {
-            table.remove(id);
-        }
+        let pin = if known.lookups == 0 { table.remove(id) } else { None };
+        // Nobody waits for it to be closed, which removes a file that has lost its names, and can take long.
+        drop(table);
+        drop(pin);
     }
 
     /// Forgets all but the root.
     pub(super) fn clear(&self) {
         let mut table = self.table();
         let all: Vec<u64> = table.by_id.keys().copied().filter(|&id| id != ROOT).collect();
-        all.into_iter().for_each(|id| table.remove(id));
+        let pins: Vec<_> = all.into_iter().filter_map(|id| table.remove(id)).collect();
+        drop(table);
+        drop(pins);
     }
 
     /// How many inodes there are, and how many of them are pinned.
@@ -330,11 +333,14 @@ impl Table {
         order.push_back(inode.id);
     }
 
-    fn remove(&mut self, id: u64) {
-        let Some(known) = self.by_id.remove(&id) else { return };
-        self.pinned -= usize::from(lock(&known.inode.hold).file.take().is_some());
+    /// Removes an inode; returns what it was pinned by, to be closed when the table is not locked any more.
+    fn remove(&mut self, id: u64) -> Option<Arc<OwnedFd>> {
+        let known = self.by_id.remove(&id)?;
+        let pin = lock(&known.inode.hold).file.take();
+        self.pinned -= usize::from(pin.is_some());
         let identity = known.inode.identity();
         self.remove_identity(&identity, id);
+        pin
     }
 
     fn insert_identity(&mut self, identity: Identity, id: u64) {
