@@ -78,7 +78,7 @@ impl FileServer {
             let flags = UtimensatFlags::FollowSymlink;
             utimensat(&self.descriptors, path.as_c_str(), &accessed, &modified, flags)?;
         }
-        self.hear_own_changes();
+        self.hear_changes();
         // Of a file, who wants to know more asks again.
         let valid = if node.inode.kind() == libc::S_IFDIR { self.watched(&node) } else { Validity::SHORT };
         attributes_reply(&node, valid)

@@ -114,7 +114,7 @@ impl FileServer {
         name: Option<&CStr>,
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let seen = name.map(|name| (parent, name));
-        self.hear_own_changes();
+        self.hear_changes();
         let valid = self.watched(parent);
         let (node, status) = self.remember(self.reopen(&file, OFlag::O_PATH)?, seen)?;
         let fh = self.handles.insert(&node, file).inspect_err(|_| self.inodes.forget(node.inode.id, 1))?;

@@ -46,7 +46,7 @@ impl FileServer {
 
     /// Looks a name up that the server has made; what it stands for is remembered once more.
     pub(super) fn find_made(&self, parent: &Node, name: &CStr) -> Result<EntryOut, Errno> {
-        self.hear_own_changes();
+        self.hear_changes();
         let valid = self.watched(parent);
         self.find_within(parent, name, valid).map(|(entry, _)| entry)
     }

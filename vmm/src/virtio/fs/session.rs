@@ -47,6 +47,8 @@ impl FileServer {
                 if pace == Pace::AtOnce && result.is_err_and(has_to_wait) {
                     return None;
                 }
+                // Who sees a change by this answer must not go on to believe what was before an earlier one.
+                self.hear_changes();
                 reply.finish(unique, result)
             }
         })

@@ -354,8 +354,9 @@ impl FileServer {
         if then != Validity::SHORT && self.watches.is_quiet(id) { then } else { Validity::SHORT }
     }
 
-    /// The server has changed something. What it sees from now on has that behind it.
-    pub(super) fn hear_own_changes(&self) {
+    /// Makes notices of all that has happened, the server's own changes among it. What it sees from now on has that behind
+    /// it.
+    pub(super) fn hear_changes(&self) {
         if self.notices.validity().is_some() {
             self.watches.hear(&self.notices);
         }

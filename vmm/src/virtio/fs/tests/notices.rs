@@ -102,6 +102,23 @@ fn is_plain() -> bool {
 }
 
 #[test]
+fn who_sees_a_change_has_heard_of_all_before_it() {
+    if !is_plain() {
+        return;
+    }
+    let mut guest = Listening::new();
+    // The thread that listens may wake up late.
+    guest.driver.device._listening = EventLoop::spawn("deaf").unwrap();
+    let (valid, id) = guest.file("file");
+    let subjects = [Subject::Access(id), Subject::Contents(id)];
+    fs::write(guest.driver.host("file"), "CONTENTS").unwrap();
+    assert!(guest.is_valid(valid, &subjects), "there is nobody to tell");
+    fs::write(guest.driver.host("changed"), "").unwrap();
+    assert_ne!(guest.lookup(ROOT, c"changed").1.nodeid, 0);
+    assert!(!guest.is_valid(valid, &subjects));
+}
+
+#[test]
 fn to_read_what_was_not_opened_is_no_change() {
     if !is_plain() {
         return;
