@@ -18,8 +18,10 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_network_without_a_way_out", a_network_without_a_way_out),
 ];
 
-/// Prints the interfaces and the routes. Of an interface the kernel's own number is left out.
-const LOOK: &str = "cd /sys/class/net; for i in eth*; do echo $i; cat $i/address $i/mtu; \
+/// Prints the interfaces and the routes, once no address is being looked for elsewhere any more. Of an interface the kernel's
+/// own number is left out.
+const LOOK: &str = "while ip -o address | grep -q tentative; do sleep 0.2; done; \
+                    cd /sys/class/net; for i in eth*; do echo $i; cat $i/address $i/mtu; \
                     ip -o address show dev $i | awk '{print $3, $4, $5, $6, $7, $8}'; done; \
                     ip route | sort; ip -6 route | grep -E 'fd00|default' | sort; cat /etc/hosts /etc/resolv.conf";
 
