@@ -99,8 +99,13 @@ pub fn finish_as_it_is(command: Command) -> Result<Outcome> {
     complete(command, |_| Ok(()))
 }
 
+/// A command as one would type it.
+fn words(command: &Command) -> String {
+    format!("{command:?}").replace('"', "")
+}
+
 fn complete(mut command: Command, feed: impl FnOnce(&mut Child) -> Result<()>) -> Result<Outcome> {
-    let words = format!("{command:?}").replace('"', "");
+    let words = words(&command);
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().with_context(|| format!("`{words}` could not be started"))?;
     let watchdog = Watchdog::start(child.id());
@@ -181,7 +186,7 @@ pub fn rvm_detached(arguments: &[&str]) -> Result<()> {
     let mut command = Command::new("rvm");
     command.args(arguments).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors.try_clone()?);
-    let words = format!("{command:?}").replace('"', "");
+    let words = words(&command);
     let status = wait_for(&mut command.spawn()?, &words)?;
     let mut said = String::new();
     errors.rewind()?;
@@ -193,6 +198,15 @@ pub fn rvm_detached(arguments: &[&str]) -> Result<()> {
 /// A line of shell, on the host.
 pub fn shell(line: &str) -> Result<Outcome> {
     run("sh", &["-c", line])
+}
+
+/// One of the figures that KVM has about the machine of a monitor.
+pub fn kvm_figure(monitor: &str, name: &str) -> Result<i64> {
+    let look = format!(
+        "dir=$(mktemp -d) && mount -t debugfs none $dir && cat $dir/kvm/{monitor}-*/{name}; umount $dir && rmdir $dir"
+    );
+    let told = shell(&look)?.expect_code(0)?.text();
+    told.trim().parse().with_context(|| format!("{name} of {monitor} is {told:?}"))
 }
 
 /// Starts a container in the background and returns its ID.

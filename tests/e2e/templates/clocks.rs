@@ -10,12 +10,12 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Templates;
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{shell, wait_for};
+use crate::command::{kvm_figure, rvm, wait_for};
 use crate::probe;
 
 pub const STORIES: &[(&str, Story)] = &[
@@ -121,10 +121,8 @@ fn at(begin: Reading, end: Reading, counter: i64) -> i64 {
 
 /// By how much the counter of the guest is ahead of the host's: KVM tells it among its figures.
 fn counter_offset() -> Result<i64> {
-    let look = "pid=$(rvm state story | sed -n 's/.*\"pid\": *\\([0-9]*\\).*/\\1/p') && dir=$(mktemp -d) && \
-        mount -t debugfs none $dir && cat $dir/kvm/$pid-*/vcpu0/tsc-offset; umount $dir && rmdir $dir";
-    let told = shell(look)?.expect_code(0)?.text();
-    told.trim().parse().with_context(|| format!("no offset: {told:?}"))
+    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.expect_code(0)?.text())?;
+    kvm_figure(&state["pid"].to_string(), "vcpu0/tsc-offset")
 }
 
 fn the_clock_of_a_clone_is_right() -> Result<()> {
