@@ -63,7 +63,7 @@ impl FileServer {
     }
 
     fn open_to_read(&self, node: &Node, flags: OFlag) -> Result<OwnedFd, Errno> {
-        self.watches.open_to_read(node.inode.id, &self.notices, || self.open_inode(node, flags))
+        self.watches.open_to_read(node.inode.id, &self.notices, |more| self.open_inode(node, flags | more))
     }
 
     /// The file of a request that reads. The guest need not have opened one that it knows not to have changed, see

@@ -102,6 +102,11 @@ impl Inode {
         }
     }
 
+    /// It has lost the name by which it could be found.
+    pub(super) fn lose_place(&self) {
+        lock(&self.hold).place = None;
+    }
+
     /// Whether nobody uses it now or did lately, so that it can be released. Asked again, it was not lately.
     fn is_idle(&self) -> bool {
         let mut hold = lock(&self.hold);
@@ -175,7 +180,8 @@ impl Inodes {
             let file = table.pin(&inode, file);
             return Ok(Node { inode, file });
         }
-        if table.by_id.len() >= self.limits.known || table.pinned >= self.limits.idle + self.limits.in_use {
+        let Limits { known, idle, in_use } = self.limits;
+        if table.by_id.len() >= known || table.pinned >= idle + in_use {
             return Err(Errno::ENFILE);
         }
         Ok(table.insert(file, identity))
@@ -199,9 +205,15 @@ impl Inodes {
         table.insert_identity(identity, inode.id);
     }
 
-    /// Whether an inode is known by this identity.
-    pub(super) fn is_known(&self, identity: &Identity) -> bool {
-        self.table().find(identity).is_some()
+    /// The inode that is known by this identity.
+    pub(super) fn find(&self, identity: &Identity) -> Option<Arc<Inode>> {
+        self.table().find(identity).map(|known| known.inode.clone())
+    }
+
+    /// Whether one more may be pinned that cannot be released.
+    pub(super) fn has_room(&self) -> bool {
+        let Limits { idle, in_use, .. } = self.limits;
+        self.table().pinned < idle + in_use
     }
 
     /// Remembers where an inode was seen, if the guest knows it.
@@ -233,6 +245,8 @@ impl Inodes {
         let mut hold = lock(&inode.hold);
         // Since it was chosen it may have been forgotten, or come to use again.
         let Some(file) = &hold.file else { return };
+        // Its name may have been taken away since it was found by it.
+        let can_be_found = can_be_found && hold.place.is_some();
         if can_be_found && Arc::strong_count(file) == 1 {
             hold.file = None;
             table.pinned -= 1;

@@ -99,7 +99,11 @@ impl FileServer {
     /// UNLINK and RMDIR.
     pub(super) fn unlink(&self, parent: u64, name: &CStr, how: UnlinkatFlags) -> Result<(), Errno> {
         let parent = self.node(parent)?;
+        let removed = self.losing(&parent, name);
         unlinkat(&parent.file, name, how)?;
+        if let Some(removed) = removed {
+            removed.inode.lose_place();
+        }
         self.unsynced.add(&parent);
         Ok(())
     }
@@ -113,7 +117,12 @@ impl FileServer {
     ) -> Result<(), Errno> {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
         let (from, to) = (self.node(from)?, self.node(to)?);
+        // What is moved is in use, too: it is nowhere until its new place is remembered.
+        let (_moved, replaced) = (self.losing(&from, old), self.losing(&to, new));
         renameat2(&from.file, old, &to.file, new, flags)?;
+        if let Some(replaced) = replaced {
+            replaced.inode.lose_place();
+        }
         self.unsynced.add(&from);
         self.unsynced.add(&to);
         self.moved((&from, old), (&to, new));

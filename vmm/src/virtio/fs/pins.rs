@@ -3,7 +3,8 @@
 //! An inode that is not in use may be released, provided that it is still found where it was seen last. When the
 //! guest comes back to it, it is looked up there and recognized by its identity. Should the host have moved or
 //! replaced it meanwhile, the guest hears `ESTALE`, upon which its kernel looks the path up anew. Inodes with open
-//! files stay pinned: theirs can lose their last name and must work all the same.
+//! files stay pinned: theirs can lose their last name and must work all the same. So do those that lose a name by the
+//! guest's own doing: it may read on in them without having opened them.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -95,6 +96,21 @@ impl FileServer {
         Some(inode)
     }
 
+    /// What a name stands for, pinned, if the guest knows it, for who is about to take the name away.
+    pub(super) fn losing(&self, parent: &Node, name: &CStr) -> Option<Node> {
+        let status = system::attributes_at(parent.file.as_fd(), name).ok()?;
+        let identity = self.named(self.mounts.identify(&status)?, &status, Some((parent, name)));
+        let inode = self.inodes.find(&identity)?;
+        self.inodes.seen_at(&identity, parent.inode.id, name);
+        let file = match inode.pinned() {
+            Some(file) => file,
+            // A guest that removes much and forgets nothing has to look it up anew.
+            None if !self.inodes.has_room() => return None,
+            None => self.inodes.pin(&inode, self.find_again(&parent.file, &inode).ok()?),
+        };
+        Some(Node { inode, file })
+    }
+
     /// The identity of a file that was seen under a name, with this name if it must be a part of it.
     fn named(&self, plain: Identity, status: &libc::statx, seen: Option<(&Node, &CStr)>) -> Identity {
         let Some((parent, name)) = seen.filter(|_| plain.kind != libc::S_IFDIR) else { return plain };
@@ -103,7 +119,7 @@ impl FileServer {
             self.follow(&inode);
         }
         // A file that is known without a name had only one, or got more in the upper layer. Those stay together.
-        match self.mounts.may_part(status) && !self.inodes.is_known(&plain) {
+        match self.mounts.may_part(status) && self.inodes.find(&plain).is_none() {
             true => plain.with_link(link),
             false => plain,
         }

@@ -178,18 +178,25 @@ impl Watches {
         &self,
         id: u64,
         notices: &Notices,
-        open: impl FnOnce() -> Result<OwnedFd, Errno>,
+        open: impl Fn(OFlag) -> Result<OwnedFd, Errno>,
     ) -> Result<OwnedFd, Errno> {
-        let Some(queue) = self.queue.as_ref().filter(|_| self.is_quiet(id)) else { return open() };
-        let descriptor = lock(&self.registry).by_id.get(&id).map(|watch| watch.descriptor);
-        let _hearing = lock(&queue.hearing);
-        let file = open()?;
-        self.hear_but(queue, descriptor, notices);
+        let watch = lock(&self.registry).by_id.get(&id).copied().filter(|watch| watch.is_quiet);
+        let Some((queue, watch)) = self.queue.as_ref().zip(watch) else { return open(OFlag::empty()) };
+        let hearing = lock(&queue.hearing);
+        let file = match open(OFlag::O_NONBLOCK) {
+            // Somebody has to give a lease back first. Nobody else is to wait for that: it will be heard of as an opening by
+            // somebody else.
+            Err(Errno::EAGAIN) => {
+                drop(hearing);
+                return open(OFlag::empty());
+            }
+            opened => opened?,
+        };
+        self.hear_but(queue, Some(watch.descriptor), notices);
         // Somebody may have opened it just before or after, which makes one event of both. Who comes from now on has
         // an event to himself.
         if writers::may_exist(file.as_fd()) {
-            self.set_quiet(id, false);
-            notices.give(Subject::Contents(id));
+            self.take(watch.descriptor, AddWatchFlags::IN_OPEN, None, notices);
         }
         Ok(file)
     }
@@ -199,27 +206,31 @@ impl Watches {
         let counts = |event: &&InotifyEvent| event.mask != AddWatchFlags::IN_OPEN || Some(event.wd) != opened;
         for _ in 0..MAX_READS {
             match queue.inotify.read_events() {
-                Ok(events) => events.iter().filter(counts).for_each(|event| self.take(event, notices)),
+                Ok(events) => events.iter().filter(counts).for_each(|event| {
+                    let name = event.name.as_ref().map(|name| name.as_bytes());
+                    self.take(event.wd, event.mask, name, notices);
+                }),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
                 // It cannot be told what was missed.
-                Err(_) => return notices.give(Subject::Everything),
+                Err(_) => break,
             }
         }
+        // So it is with what is still to be read.
+        notices.give(Subject::Everything);
     }
 
-    fn take(&self, event: &InotifyEvent, notices: &Notices) {
-        if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+    fn take(&self, watch: WatchDescriptor, what: AddWatchFlags, name: Option<&[u8]>, notices: &Notices) {
+        if what.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return notices.give(Subject::Everything);
         }
         let mut registry = lock(&self.registry);
-        let ids = registry.by_watch.get(&event.wd).cloned().unwrap_or_default();
+        let ids = registry.by_watch.get(&watch).cloned().unwrap_or_default();
         for id in ids {
-            let name = event.name.as_ref().map(|name| name.as_bytes());
-            if let Some(name) = name.filter(|_| event.mask.intersects(OF_NAMES)) {
+            if let Some(name) = name.filter(|_| what.intersects(OF_NAMES)) {
                 notices.give(Subject::Name(id, name));
                 notices.give(Subject::Contents(id));
-            } else if event.mask.intersects(AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_UNMOUNT) {
+            } else if what.intersects(AddWatchFlags::IN_IGNORED | AddWatchFlags::IN_UNMOUNT) {
                 registry.take(id);
                 lost(id, notices);
             } else if name.is_none() {

@@ -11,6 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fuse_backend_rs::abi::fuse_abi::{AttrOut, EntryOut, ForgetIn, GetattrIn, MkdirIn, RenameIn};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::driver::ROOT;
@@ -134,6 +136,45 @@ fn to_read_what_was_not_opened_is_no_change() {
     fs::write(guest.driver.host("file"), "CONTENTS").unwrap();
     guest.until_invalid(valid, &subjects);
     assert_eq!(guest.driver.read(id, 0, 0, 100).unwrap(), b"CONTENTS");
+}
+
+#[test]
+fn who_changes_much_at_once_is_heard_of_altogether() {
+    if !is_plain() {
+        return;
+    }
+    let mut guest = Listening::new();
+    guest.driver.device._listening = EventLoop::spawn("deaf").unwrap();
+    let (valid, id) = guest.file("file");
+    let subjects = [Subject::Access(id), Subject::Contents(id)];
+    // More events than are read before an answer.
+    for number in 0..4000 {
+        let name = guest.driver.host(&format!("a-name-as-long-as-they-mostly-are-{number}"));
+        fs::write(&name, "").unwrap();
+        fs::remove_file(&name).unwrap();
+    }
+    fs::write(guest.driver.host("file"), "CONTENTS").unwrap();
+    guest.lookup(ROOT, c"file");
+    assert!(!guest.is_valid(valid, &subjects));
+}
+
+#[test]
+fn who_waits_for_a_lease_holds_up_nobody() {
+    if !is_plain() {
+        return;
+    }
+    let mut guest = Listening::new();
+    let (_, id) = guest.file("file");
+    let server = guest.driver.device.server.clone();
+    let opened = server.watches.open_to_read(id, &server.notices, |flags| {
+        if flags.contains(OFlag::O_NONBLOCK) {
+            return Err(Errno::EAGAIN);
+        }
+        // It would wait for this very thread.
+        server.hear_changes();
+        Ok(File::open(guest.driver.host("file")).unwrap().into())
+    });
+    assert!(opened.is_ok());
 }
 
 #[test]

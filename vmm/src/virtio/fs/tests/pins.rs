@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, symlink};
 
-use fuse_backend_rs::abi::fuse_abi::{AttrOut, ReleaseIn, RenameIn, WriteIn};
+use fuse_backend_rs::abi::fuse_abi::{AttrOut, ForgetIn, ReleaseIn, RenameIn, WriteIn};
 use nix::errno::Errno;
 use vm_memory::ByteValued;
 
@@ -131,13 +131,56 @@ fn what_is_replaced_while_it_is_not_pinned_is_not_mistaken_for_what_replaced_it(
     let mut driver = driver(12, 8);
     let nodes = walk(&mut driver);
     let directory = driver.lookup(ROOT, c"d0").unwrap().nodeid;
-    let rename = RenameIn { newdir: directory };
     walk_others(&mut driver);
-    driver.call(opcode::RENAME, directory, &[rename.as_slice(), b"f1\0f2\0"]).unwrap();
+    fs::rename(driver.host("d0/f1"), driver.host("d0/f2")).unwrap();
     walk_others(&mut driver);
     assert_eq!(attributes(&mut driver, nodes[0][2]).unwrap_err(), Errno::ESTALE);
-    assert_eq!(attributes(&mut driver, nodes[0][1]).unwrap().attr.size, 3);
     assert_eq!(driver.lookup(directory, c"f2").unwrap().nodeid, nodes[0][1]);
+    assert_eq!(attributes(&mut driver, nodes[0][1]).unwrap().attr.size, 3);
+}
+
+#[test]
+fn what_the_guest_removes_or_replaces_itself_can_be_read_on_without_having_been_opened() {
+    let mut driver = driver(12, 8);
+    let nodes = walk(&mut driver);
+    let directory = driver.lookup(ROOT, c"d0").unwrap().nodeid;
+    let rename = RenameIn { newdir: directory };
+    fs::hard_link(driver.host("d0/f3"), driver.host("second")).unwrap();
+    walk_others(&mut driver);
+    driver.call(opcode::UNLINK, directory, &[b"f0\0"]).unwrap();
+    driver.call(opcode::RENAME, directory, &[rename.as_slice(), b"f1\0f2\0"]).unwrap();
+    driver.call(opcode::UNLINK, directory, &[b"f3\0"]).unwrap();
+    // What is in nobody's way is removed without more ado.
+    driver.call(opcode::RMDIR, ROOT, &[b"none\0"]).unwrap_err();
+    for _ in 0..2 {
+        walk_others(&mut driver);
+        for (file, names) in [(0, 0), (1, 1), (2, 0), (3, 1)] {
+            let node = nodes[0][file];
+            assert_eq!(driver.read(node, 0, 0, 100).unwrap(), format!("0 {file}").as_bytes());
+            assert_eq!(attributes(&mut driver, node).unwrap().attr.nlink, names);
+        }
+    }
+    assert_eq!(driver.lookup(directory, c"f2").unwrap().nodeid, nodes[0][1]);
+    let pinned = counts(&driver).1;
+    for file in [0, 2] {
+        driver.forget(opcode::FORGET, nodes[0][file], ForgetIn { nlookup: 1 }.as_slice());
+    }
+    assert_eq!(counts(&driver).1, pinned - 2);
+}
+
+#[test]
+fn a_guest_that_forgets_nothing_has_no_more_pinned_than_it_may() {
+    let mut driver = driver(12, 8);
+    walk(&mut driver);
+    for directory in 0..10 {
+        let parent = driver.lookup(ROOT, &CString::new(format!("d{directory}")).unwrap()).unwrap().nodeid;
+        for file in 0..20 {
+            let name = format!("f{file}\0");
+            driver.call(opcode::UNLINK, parent, &[name.as_bytes()]).unwrap();
+        }
+    }
+    // The root, and a directory on the way to a file, can come on top.
+    assert!(counts(&driver).1 <= 20 + 2, "{:?}", counts(&driver));
 }
 
 fn walk_others(driver: &mut Driver) {
