@@ -18,7 +18,7 @@ const HOST_DIVISOR: u64 = 64;
 const DEFAULT_MEMORY: u64 = 1024 * MIB;
 /// No guest boots in less.
 const LEAST_MEMORY: u64 = 96 * MIB;
-/// vCPUs of a container without a limit.
+/// vCPUs of a container without a limit or processors of its own.
 const DEFAULT_VCPUS: u64 = 4;
 /// The most vCPUs, whatever the spec says.
 const MOST_VCPUS: u64 = 64;
@@ -86,19 +86,16 @@ impl Shape {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
         let time = cpu.and_then(|cpu| ProcessorTime::default().changed(cpu));
+        let own = cpu.and_then(|cpu| cpu.cpus().as_deref()).and_then(listed);
         let limit = resources.and_then(memory_limit);
-        Shape::within(time, limit, host)
+        Shape { vcpus: vcpus(time, own, host), memory: memory(limit, host), memory_limit: limit }
     }
 
     /// The shape for so many processors, and so many bytes of memory for the workload.
     pub fn of_sizes(processors: Option<u64>, limit: Option<u64>, host: HostSize) -> Shape {
         let period = ProcessorTime::default().period;
         let time = processors.map(|count| ProcessorTime { quota: count.checked_mul(period), period });
-        Shape::within(time, limit, host)
-    }
-
-    fn within(time: Option<ProcessorTime>, limit: Option<u64>, host: HostSize) -> Shape {
-        Shape { vcpus: vcpus(time, host), memory: memory(limit, host), memory_limit: limit }
+        Shape { vcpus: vcpus(time, None, host), memory: memory(limit, host), memory_limit: limit }
     }
 
     /// Whether the machine, once made, can give its workload these limits. Of the processor's time that is `in_force`,
@@ -116,10 +113,10 @@ impl Shape {
             });
         }
         let cpu = resources.cpu().as_ref();
+        // What is in force can be set again, also where the machine has fewer because it was bound to fewer.
+        let most = in_force.processors().unwrap_or(0).max(self.vcpus.into());
         match cpu.and_then(|cpu| in_force.changed(cpu)).and_then(ProcessorTime::processors) {
-            Some(wanted) if wanted > u64::from(self.vcpus) => {
-                Err(TooLarge::Processors { wanted, vcpus: self.vcpus })
-            }
+            Some(wanted) if wanted > most => Err(TooLarge::Processors { wanted, vcpus: self.vcpus }),
             _ => Ok(()),
         }
     }
@@ -182,10 +179,26 @@ pub fn host_memory(limit: u64) -> u64 {
 }
 
 /// A quota of 1.5 processors is 2 vCPUs, whose time the host's cgroup limits to 1.5. Whoever asks for more than the
-/// host has gets them: they take turns.
-fn vcpus(time: Option<ProcessorTime>, host: HostSize) -> u8 {
-    let wanted = time.and_then(ProcessorTime::processors).unwrap_or(DEFAULT_VCPUS.min(host.processors));
+/// host has gets them: they take turns. Who has processors of its own has no more vCPUs than these.
+fn vcpus(time: Option<ProcessorTime>, own: Option<u64>, host: HostSize) -> u8 {
+    let worth = time.and_then(ProcessorTime::processors);
+    let wanted = match (worth, own) {
+        (Some(worth), Some(own)) => worth.min(own),
+        (worth, own) => worth.or(own).unwrap_or(DEFAULT_VCPUS.min(host.processors)),
+    };
     wanted.clamp(1, MOST_VCPUS) as u8
+}
+
+/// How many processors a list such as `0-2,5` names (cpuset(7), "List format"); an empty one is none, and what is not a list
+/// is left to the host's control groups to refuse.
+fn listed(list: &str) -> Option<u64> {
+    let mut count: u64 = 0;
+    for range in list.split(',').map(str::trim).filter(|range| !range.is_empty()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    }
+    (count > 0).then_some(count)
 }
 
 fn memory(limit: Option<u64>, host: HostSize) -> u64 {
@@ -257,6 +270,32 @@ mod tests {
         assert_eq!(count(r#"{"quota":100000,"period":0}"#), 1, "a period of zero is none");
         assert_eq!(count(r#"{"quota":1200000}"#), 12, "more than the host has");
         assert_eq!(u64::from(count(r#"{"quota":640000000}"#)), MOST_VCPUS);
+    }
+
+    #[test]
+    fn processors_of_its_own_are_its_vcpus() {
+        let count = |cpu: &str| Shape::of(&spec(&format!(r#"{{"cpu":{cpu}}}"#)), HOST).vcpus;
+        assert_eq!(count(r#"{"cpus":"0"}"#), 1);
+        assert_eq!(count(r#"{"cpus":"0-5, 7\n"}"#), 7, "more than without");
+        assert_eq!(count(r#"{"cpus":"2-3","quota":400000}"#), 2, "time for four, on two");
+        assert_eq!(count(r#"{"cpus":"0-3","quota":150000}"#), 2);
+        assert_eq!(u64::from(count(r#"{"cpus":"0-255"}"#)), MOST_VCPUS);
+        for no_list in ["", "all", "3-1", "0-18446744073709551615", "-1", "1-"] {
+            assert_eq!(count(&format!(r#"{{"cpus":"{no_list}"}}"#)), 4, "{no_list:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_in_force_can_be_set_again_on_fewer_processors() {
+        let cpu = r#"{"cpu":{"cpus":"2-3","quota":400000}}"#;
+        let shape = Shape::of(&spec(cpu), HOST);
+        let in_force = ProcessorTime { quota: Some(400_000), period: 100_000 };
+        let can_give = |json: &str| shape.can_give(&serde_json::from_str(json).unwrap(), in_force);
+        assert_eq!(can_give(cpu), Ok(()));
+        assert_eq!(
+            can_give(r#"{"cpu":{"quota":500000}}"#),
+            Err(TooLarge::Processors { wanted: 5, vcpus: 2 })
+        );
     }
 
     #[test]
