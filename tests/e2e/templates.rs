@@ -3,6 +3,7 @@
 pub mod clocks;
 pub mod clones;
 pub mod damage;
+pub mod text;
 
 use std::fs;
 use std::io::{BufRead, BufReader};

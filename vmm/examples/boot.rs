@@ -34,6 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         initramfs: fs::read(initramfs)?,
         command_line: option(2, ""),
         slots: 4,
+        text: rvm_vmm::Text::Own,
     })?;
     let first_message = Arc::new(OnceLock::new());
     machine.mirror_console(Box::new(Screen { first_message: first_message.clone() }));

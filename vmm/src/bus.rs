@@ -6,27 +6,35 @@ use std::sync::{Mutex, PoisonError};
 use crate::confine::Duty;
 use crate::machine::ExitReason;
 use crate::serial::{self, SerialPort};
+use crate::text::{self, TextPort};
 use crate::virtio::mmio::slot::Slot;
 use crate::{i8042, layout};
 
 /// The last port of the serial port.
 const SERIAL_END: u16 = layout::SERIAL_PORT + serial::PORTS - 1;
+/// The last of the ports about the kernel's text.
+const TEXT_END: u16 = layout::TEXT_PORT + text::PORTS - 1;
 /// What nothing reads as: lines that nobody pulls low.
 const FLOATING: u8 = 0xff;
 
 /// All devices, shared by the vCPUs.
 pub(crate) struct Bus {
     serial: Mutex<SerialPort>,
+    text: TextPort,
     slots: Vec<Slot>,
 }
 
 impl Bus {
-    pub(crate) fn new(serial: SerialPort, slots: Vec<Slot>) -> Self {
-        Self { serial: Mutex::new(serial), slots }
+    pub(crate) fn new(serial: SerialPort, text: TextPort, slots: Vec<Slot>) -> Self {
+        Self { serial: Mutex::new(serial), text, slots }
     }
 
     pub(crate) fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    pub(crate) fn text(&self) -> &TextPort {
+        &self.text
     }
 
     /// What the threads of vCPUs have to do, by the devices that are there now.
@@ -48,6 +56,10 @@ impl Bus {
                 data.fill_with(|| serial.read((port - layout::SERIAL_PORT) as u8));
             }
             i8042::DATA_PORT | i8042::COMMAND_PORT => data.fill(i8042::IDLE),
+            layout::TEXT_PORT..=TEXT_END => match <&mut [u8; 4]>::try_from(&mut *data) {
+                Ok(word) => *word = self.text.read(port - layout::TEXT_PORT).to_le_bytes(),
+                Err(_) => data.fill(FLOATING),
+            },
             _ => data.fill(FLOATING),
         }
     }
@@ -61,6 +73,12 @@ impl Bus {
                 ControlFlow::Continue(())
             }
             i8042::COMMAND_PORT => data.iter().try_for_each(|byte| i8042::command(*byte)),
+            layout::TEXT_PORT..=TEXT_END => {
+                if let Ok(word) = <[u8; 4]>::try_from(data) {
+                    self.text.write(port - layout::TEXT_PORT, u32::from_le_bytes(word));
+                }
+                ControlFlow::Continue(())
+            }
             _ => ControlFlow::Continue(()),
         }
     }
@@ -94,11 +112,19 @@ mod tests {
 
     use super::*;
     use crate::console::Console;
+    use crate::memory;
 
     fn bus() -> (Bus, Console) {
         let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let console = Console::default();
-        (Bus::new(SerialPort::new(line, console.clone()), Vec::new()), console)
+        (
+            Bus::new(
+                SerialPort::new(line, console.clone()),
+                TextPort::new(memory::create(memory::MIN_MEMORY).unwrap()),
+                Vec::new(),
+            ),
+            console,
+        )
     }
 
     #[test]

@@ -55,6 +55,25 @@ pub(crate) fn for_vcpu(supported: &CpuId, vcpu: u8, count: u8) -> Result<CpuId, 
     CpuId::from_entries(&entries)
 }
 
+/// Whether two lists of features are the same, but for the number of the processor that was asked.
+pub(crate) fn is_same_processor(left: &[kvm_cpuid_entry2], right: &[kvm_cpuid_entry2]) -> bool {
+    left.len() == right.len()
+        && left.iter().zip(right).all(|(left, right)| without_number(left) == without_number(right))
+}
+
+fn without_number(entry: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
+    let mut entry = *entry;
+    match entry.function {
+        0x1 => entry.ebx &= 0x00ff_ffff,
+        0xb | 0x1f => entry.edx = 0,
+        // The size of the states that are enabled at the moment.
+        0xd if entry.index <= 1 => entry.ebx = 0,
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0),
+        _ => {}
+    }
+    entry
+}
+
 /// One package with `count` cores of one thread each, and this vCPU's place in it. The APIC's ID is the core's number.
 #[derive(Clone, Copy)]
 struct Topology {

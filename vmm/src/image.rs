@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -100,6 +101,17 @@ pub(crate) fn map(memory: &GuestMemory, file: &File) -> Result<(), ImageError> {
     Ok(())
 }
 
+/// Puts a part of a file, from a page on, in the place of this memory, which the guest may have used.
+pub(crate) fn map_range(memory: &GuestMemory, file: &File, at: u64, range: Range<u64>) -> io::Result<()> {
+    let length = range.end - range.start;
+    let region = memory.find_region(GuestAddress(range.start)).ok_or(io::ErrorKind::InvalidInput)?;
+    let place = range.start - region.start_addr().0;
+    if place + length > region.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map_stretch(region, place, file, at, length)
+}
+
 /// Maps the stretches of a region, which begins at `offset` of the file, that have something in them.
 fn map_region(region: &GuestRegionMmap, file: &File, offset: u64) -> io::Result<()> {
     let end = offset + region.len();
@@ -111,7 +123,7 @@ fn map_region(region: &GuestRegionMmap, file: &File, offset: u64) -> io::Result<
         while stop < end && seek(file, stop, Whence::SeekData)?.is_some_and(|data| data < stop + STRETCH) {
             stop = (stop + STRETCH).min(end);
         }
-        map_stretch(region, file, start, offset, stop - start)?;
+        map_stretch(region, start - offset, file, start, stop - start)?;
         next = stop;
         if next >= end {
             break;
@@ -129,12 +141,13 @@ fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
     }
 }
 
-fn map_stretch(region: &GuestRegionMmap, file: &File, at: u64, offset: u64, length: u64) -> io::Result<()> {
+/// Maps so much of a file, from `at` on, to `place` in a region.
+fn map_stretch(region: &GuestRegionMmap, place: u64, file: &File, at: u64, length: u64) -> io::Result<()> {
     let (protection, flags) =
         (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED);
-    let place = region.as_ptr().wrapping_add((at - offset) as usize);
+    let place = region.as_ptr().wrapping_add(place as usize);
     // SAFETY: the range lies within the region, which owns the mapping that is replaced here, and unmaps both. Nothing
-    // refers to its memory: the guest has not been started, and this process accesses it by address alone.
+    // refers to its memory: this process accesses it by address alone, and KVM follows.
     let mapped = unsafe {
         libc::mmap(place.cast(), length as usize, protection, flags, file.as_raw_fd(), at.cast_signed())
     };

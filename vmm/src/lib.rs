@@ -18,6 +18,7 @@ pub mod machine;
 mod memory;
 mod pagemap;
 mod serial;
+mod text;
 mod touched;
 mod vcpu;
 pub mod virtio;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 pub use host::host_support;
 pub use machine::{ExitReason, Machine, MachineConfig, MachineError, Timeline};
+pub use text::{RecordedText, SharedText, Text, TextError, TextRecord};
 
 /// The guest's memory, shared by vCPUs, transport and devices.
 pub type GuestMemory = Arc<vm_memory::GuestMemoryMmap>;

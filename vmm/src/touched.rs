@@ -5,6 +5,7 @@
 //! starts. It is a hint: whatever the list says, a machine does the same, earlier or later.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::kvm_pre_fault_memory;
@@ -67,6 +68,12 @@ impl Touched {
             let list = if entry.is_of_file() { &mut self.read } else { &mut self.written };
             add(list, page);
         }
+    }
+
+    /// Pages that will be read.
+    pub(crate) fn by_reading(pages: Range<u64>) -> Touched {
+        let stretch = Stretch { first: pages.start, count: pages.end - pages.start };
+        Touched { read: vec![stretch], written: Vec::new() }
     }
 
     /// Has the host provide these pages: those that will be written as copies, others as those of the file. A host that

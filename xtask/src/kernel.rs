@@ -34,6 +34,7 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/fuse-no-ioctl.patch"),
     include_str!("../../kernels/patches/boot-io-apic.patch"),
     include_str!("../../kernels/patches/boot-text.patch"),
+    include_str!("../../kernels/patches/boot-host-text.patch"),
     include_str!("../../kernels/patches/boot-init-memory.patch"),
     include_str!("../../kernels/patches/boot-cpuid.patch"),
     include_str!("../../kernels/patches/slab-sysfs.patch"),

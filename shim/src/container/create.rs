@@ -175,6 +175,7 @@ pub fn create(request: CreateRequest<'_>) -> Result<Created, CreateError> {
         seccomp: filter,
         shape,
         templates: record.warm_up.as_ref().map(|warm_up| warm_up.folder().to_owned()),
+        texts: template::folder(),
         disks: request.bundle.disks.clone(),
         network_rates: request.bundle.network_rates,
         hook_state: hook_state.clone(),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rvm_protocol::{CONTROL_PORT, GUEST_CID, RESOLVER_PORT, ROOTFS_TAG, STREAM_PORT};
+use rvm_vmm::Text;
 use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
 use rvm_vmm::virtio::balloon::BalloonDevice;
@@ -20,7 +21,7 @@ use super::{MonitorError, initramfs};
 use crate::bundle::MAX_DISKS;
 use crate::container::shape::Shape;
 use crate::foreign::tame;
-use crate::template::{Template, TemplateError};
+use crate::template::{Kept, Template, TemplateError};
 use crate::timeline::{Phase, Timeline};
 
 /// The slots of the devices that every machine has.
@@ -45,6 +46,8 @@ pub struct Built {
     machine: Machine,
     /// What it goes on from, if it does not boot.
     template: Option<Template>,
+    /// Where the text is kept that its kernel is given, if it is.
+    text: Option<Kept>,
     files: PreparedFileServer,
     disks: Vec<OpenDisk>,
 }
@@ -63,6 +66,8 @@ pub struct Booting {
     pub events: EventLoop,
     /// What it goes on from, if it does not boot.
     pub template: Option<Template>,
+    /// Where the text is kept that its kernel is given, if it is.
+    pub text: Option<Kept>,
 }
 
 /// The slots of disks follow those of everything else.
@@ -87,12 +92,13 @@ pub fn restore(shape: Shape, template: &Template, timeline: &mut Timeline) -> Re
     Ok(machine)
 }
 
-/// Builds the machine and loads the kernel into it.
+/// Builds the machine and loads the kernel into it, with what becomes of its text.
 pub fn build(
     shape: Shape,
     kernel: File,
     agent: File,
     disks: Vec<OpenDisk>,
+    text: Text,
     timeline: &mut Timeline,
 ) -> Result<Built, MonitorError> {
     let files = FileServer::prepare()?;
@@ -109,18 +115,25 @@ pub fn build(
         initramfs,
         command_line: String::new(),
         slots: disk_slots(disks.len()).end,
+        text,
     })
     .map_err(|error| MonitorError::of_boot(&name, error))?;
     let reached = machine.timeline();
     timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
     timeline.mark_at(Phase::KernelLoaded, reached.kernel_loaded);
-    Ok(Built { machine, template: None, files, disks })
+    Ok(Built { machine, template: None, text: None, files, disks })
 }
 
 impl Built {
     /// One that goes on from a template.
     pub fn restored(machine: Machine, template: Template) -> Result<Built, MonitorError> {
-        Ok(Built { machine, template: Some(template), files: FileServer::prepare()?, disks: Vec::new() })
+        let files = FileServer::prepare()?;
+        Ok(Built { machine, template: Some(template), text: None, files, disks: Vec::new() })
+    }
+
+    /// One whose kernel is given a text that is kept there.
+    pub fn with_text_of(self, text: Option<Kept>) -> Built {
+        Built { text, ..self }
     }
 
     /// Plugs the devices and lets the vCPUs run. What is served to the guest is the tree below `root`.
@@ -138,7 +151,7 @@ impl Built {
     }
 
     fn launch(self, root: &Path, goes_on: bool, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
-        let Built { machine, files, disks, template } = self;
+        let Built { machine, files, disks, template, text } = self;
         let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
@@ -164,7 +177,7 @@ impl Built {
             let phase = if goes_on { Phase::GuestResumed } else { Phase::KernelEntry };
             timeline.mark_at(phase, entry);
         }
-        Ok(Booting { machine, control, streams, lookups, events, template })
+        Ok(Booting { machine, control, streams, lookups, events, template, text })
     }
 }
 

@@ -64,6 +64,8 @@ pub struct Setup {
     pub shape: Shape,
     /// Where a template for the machine may be, if it may go on from one.
     pub templates: Option<PathBuf>,
+    /// The same folder, in which the text of the guest's kernel is, also for a machine that is to boot.
+    pub texts: Option<PathBuf>,
     /// The host's block devices that become the guest's disks.
     pub disks: Vec<HostDisk>,
     /// What the container's network is limited to.

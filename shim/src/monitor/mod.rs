@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use rvm_protocol::{AgentError, ExitStatus};
+use rvm_vmm::Text;
 use rvm_vmm::machine::Machine;
 
 use crate::cause::Cause;
@@ -43,7 +44,7 @@ use crate::logging::Log;
 use crate::reexec;
 use crate::rootfs::{self, Overlay, Rootfs, RootfsError};
 use crate::signals::{self, Signals};
-use crate::template::{Key, Store, Template};
+use crate::template::{KeptText, Key, Store, Template};
 use crate::timeline::Phase;
 use boot::Built;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
@@ -208,6 +209,17 @@ fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Optio
     })
 }
 
+/// The text of the kernel of a machine that boots, if it is kept and fit to be used.
+fn find_text(setup: &Setup, kernel: &File, log: &Log) -> Option<KeptText> {
+    let store = Store::new(setup.texts.as_deref()?);
+    store.text(kernel).unwrap_or_else(|error| {
+        // Removing may fail, too. The kernel patches its text for itself.
+        let _ = store.remove_text(kernel);
+        log.warning_now(&format!("the kept text of the guest's kernel is dropped: {error}"));
+        None
+    })
+}
+
 /// The machine that goes on from a template; none where it turns out that none can.
 fn restore(setup: &mut Setup, template: Template, log: &Log) -> Option<(Machine, Template)> {
     match boot::restore(setup.shape, &template, &mut setup.timeline) {
@@ -236,6 +248,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let disks = disks::open_all(&setup.disks)?;
     // While the host's files can be seen.
     let template = find_template(&setup, &kernel, &agent, &log);
+    let text = if template.is_some() { None } else { find_text(&setup, &kernel, &log) };
     setup::enter_namespaces(&spec)?;
     let resolver = Resolver::open()
         .inspect_err(|error| {
@@ -249,7 +262,11 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     setup.timeline.mark(Phase::RootfsReady);
     let built = match template.and_then(|template| restore(&mut setup, template, &log)) {
         Some((machine, template)) => Built::restored(machine, template)?,
-        None => boot::build(setup.shape, kernel, agent, disks, &mut setup.timeline)?,
+        None => {
+            let (text, kept) =
+                text.map_or((Text::Own, None), |text| (Text::Shared(text.text), Some(text.kept)));
+            boot::build(setup.shape, kernel, agent, disks, text, &mut setup.timeline)?.with_text_of(kept)
+        }
     };
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;
 

@@ -29,7 +29,7 @@ use crate::container::{Folder, Step, folder};
 use crate::control::Answer;
 use crate::logging::Log;
 use crate::signals::Signals;
-use crate::template::Template;
+use crate::template::{Kept, Template};
 use crate::timeline::Phase;
 
 /// How long a guest may take until its agent answers. Far above what the slowest host needs: it only ends what
@@ -101,6 +101,8 @@ pub struct Service {
     pub(super) outcome: Option<Outcome>,
     /// What the machine goes on from, until it is known to.
     pub(super) template: Option<Template>,
+    /// Where the text is kept that its kernel is given, until that is known to work.
+    pub(super) text: Option<Kept>,
     signals: Signals,
     control_listener: VsockListener,
     stream_listener: VsockListener,
@@ -151,6 +153,7 @@ impl Service {
             events: booting.events,
             agent: Agent::new(booting.machine.clock(), booting.template.is_some()),
             template: booting.template,
+            text: booting.text,
             machine: booting.machine,
             streams: Streams::default(),
             clients: Clients::new(listener),
@@ -390,15 +393,22 @@ impl Service {
 
     /// The machine cannot go on.
     pub(super) fn fail(&mut self, words: String) {
-        let words = match self.template.take() {
-            Some(template) => {
+        let words = match (self.template.take(), self.text.take()) {
+            (Some(template), _) => {
                 template.discard();
                 format!(
                     "the guest that was to go on from a template did not come up; the template was dropped, so that \
                      the next start boots its machine: {words}"
                 )
             }
-            None => words,
+            (None, Some(text)) => {
+                text.discard();
+                format!(
+                    "the guest did not come up with the text that is kept of its kernel, which was dropped, so that the \
+                     next start does without: {words}"
+                )
+            }
+            (None, None) => words,
         };
         self.outcome.get_or_insert(Outcome::Failed(words));
     }

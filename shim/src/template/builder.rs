@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvm_protocol::{FromAgent, Request};
+use rvm_vmm::Text;
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
@@ -42,7 +43,8 @@ pub fn make(
 ) -> Result<Key, TemplateError> {
     let failed = TemplateError::system("cannot look at kernel and agent");
     let key = Key::of(&installation.kernel, &installation.agent, shape, boot::SLOTS).map_err(failed)?;
-    if store.find(key).is_ok_and(|found| found.is_some()) {
+    let is_text_known = store.has_text(&installation.kernel);
+    if is_text_known && store.find(key).is_ok_and(|found| found.is_some()) {
         return Ok(key);
     }
     let unfinished = store.begin(lock)?;
@@ -50,14 +52,19 @@ pub fn make(
     let root = unfinished.path().join("root");
     fs::create_dir(&root).map_err(TemplateError::system(format!("cannot make {}", root.display())))?;
 
-    let built =
-        boot::build(shape, installation.kernel, installation.agent, Vec::new(), &mut Timeline::default())?;
+    let kernel =
+        installation.kernel.try_clone().map_err(TemplateError::system("cannot keep the kernel open"))?;
+    // Its own boot shows what the kernel makes of its text, if that is not known.
+    let text = if is_text_known { Text::Own } else { Text::Recorded };
+    let timeline = &mut Timeline::default();
+    let built = boot::build(shape, installation.kernel, installation.agent, Vec::new(), text, timeline)?;
     // As long as there is a connection, the agent waits.
     let (booting, mut agent) = come_up(built, &root)?;
     // A guest that is captured has nothing under way.
     let greeted = |message| matches!(message, FromAgent::Reply { request: GREETING, .. }).then_some(());
     await_message(&booting, &mut agent, greeted)?;
     thread::sleep(REST);
+    let recorded = booting.machine.recorded_text()?;
     let state = booting.machine.capture(&unfinished.memory)?;
     drop(booting);
 
@@ -68,6 +75,9 @@ pub fn make(
     unfinished.write(&record)?;
     fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
+    if !is_text_known {
+        store.keep_text(lock, &kernel, recorded.as_ref())?;
+    }
     Ok(key)
 }
 
@@ -166,7 +176,7 @@ impl WarmUp {
         let key = Key::of(kernel, agent, shape, boot::SLOTS).map_err(failed)?;
         let store = Store::new(&self.folder);
         if shape.memory > MOST_MEMORY
-            || store.has(key)
+            || (store.has(key) && store.has_text(kernel))
             || store.has_failed_lately()
             || store.lock(false)?.is_none()
         {

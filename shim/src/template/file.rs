@@ -4,6 +4,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read};
 
 use rvm_vmm::machine::{MachineState, Touched};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -11,7 +12,7 @@ use super::TemplateError;
 use super::key::FileIdentity;
 
 /// Version of the format. It goes up with every change of it, and of the captured state.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// What the file begins with.
 const MAGIC: [u8; 8] = *b"rvmtmpl\n";
 /// Bytes of the digest.
@@ -49,49 +50,49 @@ impl Record {
     }
 
     /// Whether a file is the one that the memory was written to, and has not been touched since.
-    pub fn is_of(&self, memory: &Metadata) -> bool {
-        self.memory == FileIdentity::of(memory)
+    pub(super) fn is_of(&self, memory: &FileIdentity) -> bool {
+        self.memory == *memory
     }
+}
 
-    /// The whole content of the file.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        // It fails for lack of room alone, and a vector has that.
-        let body = postcard::to_stdvec(self).unwrap_or_default();
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(Sha256::digest(&body));
-        bytes.extend(body);
-        bytes
-    }
+/// The whole content of a file of this state.
+pub fn seal(state: &impl Serialize) -> Vec<u8> {
+    // It fails for lack of room alone, and a vector has that.
+    let body = postcard::to_stdvec(state).unwrap_or_default();
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(Sha256::digest(&body));
+    bytes.extend(body);
+    bytes
+}
 
-    /// Reads the file.
-    pub fn read(file: &mut File) -> Result<Record, TemplateError> {
-        let failed = |error: io::Error| TemplateError::system("its state cannot be read")(error);
-        let mut bytes = Vec::new();
-        file.take(MAX_LENGTH + 1).read_to_end(&mut bytes).map_err(failed)?;
-        Record::from_bytes(&bytes)
-    }
+/// Reads the file of a state.
+pub fn read<T: DeserializeOwned>(file: &mut File) -> Result<T, TemplateError> {
+    let failed = |error: io::Error| TemplateError::system("its state cannot be read")(error);
+    let mut bytes = Vec::new();
+    file.take(MAX_LENGTH + 1).read_to_end(&mut bytes).map_err(failed)?;
+    unseal(&bytes)
+}
 
-    /// The reverse of [`to_bytes`](Self::to_bytes), for any bytes.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Record, TemplateError> {
-        let damaged = TemplateError::Damaged;
-        if bytes.len() as u64 > MAX_LENGTH {
-            return Err(damaged("it is too long"));
-        }
-        let (header, body) = bytes.split_at_checked(HEADER).ok_or(damaged("it is too short"))?;
-        let (magic, header) = header.split_at(MAGIC.len());
-        let (version, digest) = header.split_at(size_of::<u32>());
-        if magic != MAGIC {
-            return Err(damaged("it is the state of no machine"));
-        }
-        if version != VERSION.to_le_bytes() {
-            return Err(damaged("it was written by another version of rvm"));
-        }
-        if digest != Sha256::digest(body).as_slice() {
-            return Err(damaged("it has changed since it was written"));
-        }
-        postcard::from_bytes(body).map_err(|_| damaged("it cannot be decoded"))
+/// The reverse of [`seal`], for any bytes.
+pub fn unseal<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, TemplateError> {
+    let damaged = TemplateError::Damaged;
+    if bytes.len() as u64 > MAX_LENGTH {
+        return Err(damaged("it is too long"));
     }
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or(damaged("it is too short"))?;
+    let (magic, header) = header.split_at(MAGIC.len());
+    let (version, digest) = header.split_at(size_of::<u32>());
+    if magic != MAGIC {
+        return Err(damaged("it is the state of no machine"));
+    }
+    if version != VERSION.to_le_bytes() {
+        return Err(damaged("it was written by another version of rvm"));
+    }
+    if digest != Sha256::digest(body).as_slice() {
+        return Err(damaged("it has changed since it was written"));
+    }
+    postcard::from_bytes(body).map_err(|_| damaged("it cannot be decoded"))
 }
 
 #[cfg(test)]
@@ -107,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told() {
-        let words = |bytes: &[u8]| Record::from_bytes(bytes).unwrap_err().to_string();
+        let words = |bytes: &[u8]| unseal::<Record>(bytes).unwrap_err().to_string();
         assert!(words(b"").contains("too short"));
         assert!(words(&[0; 100]).contains("no machine"));
         assert!(words(&vec![0; MAX_LENGTH as usize + 1]).contains("too long"));
@@ -123,8 +124,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..2048)) {
-            let _ = Record::from_bytes(&bytes);
-            let _ = Record::from_bytes(&sealed(&bytes));
+            let _ = unseal::<Record>(&bytes);
+            let _ = unseal::<Record>(&sealed(&bytes));
         }
     }
 }

@@ -46,7 +46,7 @@ struct Parts<'a> {
     /// What this program was built of.
     commit: &'a str,
     /// This program, the guest's kernel, and its agent, with the file systems they are on.
-    files: [(u64, FileIdentity); 3],
+    files: Vec<(u64, FileIdentity)>,
     vcpus: u8,
     memory: u64,
     slots: u8,
@@ -57,24 +57,48 @@ struct Parts<'a> {
 impl Key {
     /// The name of the template for such a machine.
     pub fn of(kernel: &File, agent: &File, shape: Shape, slots: u8) -> io::Result<Key> {
-        let identify = |metadata: Metadata| (metadata.dev(), FileIdentity::of(&metadata));
         let files = [fs::metadata("/proc/self/exe")?, kernel.metadata()?, agent.metadata()?];
-        let host = nix::sys::utsname::uname()?;
-        let parts = Parts {
+        Key::of_parts(&Parts {
             version: VERSION,
             commit: env!("RVM_COMMIT"),
-            files: files.map(identify),
+            files: files.iter().map(identify).collect(),
             vcpus: shape.vcpus,
             memory: shape.memory,
             slots,
-            host: [host.release(), host.version()].map(|part| part.to_string_lossy().into_owned()),
-        };
-        let bytes = postcard::to_stdvec(&parts).map_err(io::Error::other)?;
+            host: host()?,
+        })
+    }
+
+    /// The name of a kernel's text, which is the same in machines of all shapes.
+    pub fn of_kernel(kernel: &File) -> io::Result<Key> {
+        let files = [fs::metadata("/proc/self/exe")?, kernel.metadata()?];
+        Key::of_parts(&Parts {
+            version: VERSION,
+            commit: env!("RVM_COMMIT"),
+            files: files.iter().map(identify).collect(),
+            vcpus: 0,
+            memory: 0,
+            slots: 0,
+            host: host()?,
+        })
+    }
+
+    fn of_parts(parts: &Parts<'_>) -> io::Result<Key> {
+        let bytes = postcard::to_stdvec(parts).map_err(io::Error::other)?;
         let digest = Sha256::digest(&bytes);
         let mut key = [0; LENGTH];
         key.copy_from_slice(&digest[..LENGTH]);
         Ok(Key(key))
     }
+}
+
+fn identify(metadata: &Metadata) -> (u64, FileIdentity) {
+    (metadata.dev(), FileIdentity::of(metadata))
+}
+
+fn host() -> io::Result<[String; 2]> {
+    let host = nix::sys::utsname::uname()?;
+    Ok([host.release(), host.version()].map(|part| part.to_string_lossy().into_owned()))
 }
 
 impl fmt::Display for Key {
@@ -120,8 +144,12 @@ mod tests {
         assert_ne!(key(&files, Shape { vcpus: 1, ..SHAPE }, 8), first);
         assert_ne!(key(&files, Shape { memory: 258 << 20, ..SHAPE }, 8), first);
         assert_ne!(key(&files, SHAPE, 9), first);
+        let text = Key::of_kernel(&files[0]).unwrap();
         files[1].write_all(b"x").unwrap();
         assert_ne!(key(&files, SHAPE, 8), first);
+        assert_eq!(Key::of_kernel(&files[0]).unwrap(), text);
+        files[0].write_all(b"x").unwrap();
+        assert_ne!(Key::of_kernel(&files[0]).unwrap(), text);
     }
 
     #[test]

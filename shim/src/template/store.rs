@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime};
 use nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::file::Record;
+use super::file::{self, Record};
+use super::key::FileIdentity;
 use super::{Key, TemplateError, is_absent};
 
 const STATE: &str = "state";
@@ -45,6 +46,12 @@ pub struct Template {
     /// Its memory.
     pub memory: File,
     /// Its folder.
+    kept: Kept,
+}
+
+/// The folder of something in the store.
+#[derive(Debug)]
+pub struct Kept {
     folder: File,
 }
 
@@ -72,12 +79,19 @@ pub struct Lock {
 impl Template {
     /// Has nobody go on from it any more: something is wrong with it.
     pub fn discard(&self) {
+        self.kept.discard();
+    }
+}
+
+impl Kept {
+    /// Has nobody find it any more.
+    pub fn discard(&self) {
         let flags = nix::unistd::UnlinkatFlags::NoRemoveDir;
         let _ = nix::unistd::unlinkat(&self.folder, STATE, flags);
     }
 
     /// Notes that it was used. Those that have not been for the longest time go first.
-    fn touch(&self) {
+    pub(super) fn touch(&self) {
         let _ = self.folder.set_modified(SystemTime::now());
     }
 }
@@ -97,13 +111,17 @@ impl Store {
     pub fn find(&self, key: Key) -> Result<Option<Template>, TemplateError> {
         let Some(store) = self.open()? else { return Ok(None) };
         let found = open_template(&store, &self.path, &key.to_string())?;
-        found.iter().for_each(Template::touch);
+        found.iter().for_each(|template| template.kept.touch());
         Ok(found)
     }
 
     /// Whether there is a template, usable or not.
     pub fn has(&self, key: Key) -> bool {
-        self.path.join(key.to_string()).join(STATE).symlink_metadata().is_ok()
+        self.has_named(&key.to_string())
+    }
+
+    pub(super) fn has_named(&self, name: &str) -> bool {
+        self.path.join(name).join(STATE).symlink_metadata().is_ok()
     }
 
     /// All templates, by their keys.
@@ -204,7 +222,7 @@ impl Store {
         Ok(())
     }
 
-    fn open(&self) -> Result<Option<File>, TemplateError> {
+    pub(super) fn open(&self) -> Result<Option<File>, TemplateError> {
         let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
         let store = match OpenOptions::new().read(true).custom_flags(flags).open(&self.path) {
             Ok(store) => store,
@@ -236,6 +254,10 @@ impl Unfinished {
 
     /// Writes the state; the memory is written.
     pub fn write(&self, record: &Record) -> Result<(), TemplateError> {
+        self.write_state(&file::seal(record))
+    }
+
+    pub(super) fn write_state(&self, state: &[u8]) -> Result<(), TemplateError> {
         let write = || -> io::Result<()> {
             // A host that loses its power must not find a state without its memory.
             self.memory.sync_all()?;
@@ -243,7 +265,7 @@ impl Unfinished {
             // There is an earlier one when more is known by now.
             let _ = fs::remove_file(&path);
             let mut file = new_file(&path)?;
-            file.write_all(&record.to_bytes())?;
+            file.write_all(state)?;
             file.sync_all()
         };
         write().map_err(TemplateError::system(format!("cannot write {}", self.path.display())))
@@ -259,14 +281,20 @@ impl Unfinished {
     }
 
     /// From now on it is there for others.
-    pub fn finish(mut self, key: Key) -> Result<(), TemplateError> {
-        let place = self.store.path.join(key.to_string());
+    pub fn finish(self, key: Key) -> Result<(), TemplateError> {
+        let store = self.store.clone();
+        self.finish_as(&key.to_string())?;
+        store.shrink_to(key, MOST_BYTES)
+    }
+
+    pub(super) fn finish_as(mut self, name: &str) -> Result<(), TemplateError> {
+        let place = self.store.path.join(name);
         // One that could not be used.
         let _ = remove_folder(&place);
         let moved = fs::rename(&self.path, &place);
         moved.map_err(TemplateError::system(format!("cannot make {}", place.display())))?;
         self.finished = true;
-        self.store.shrink_to(key, MOST_BYTES)
+        Ok(())
     }
 }
 
@@ -280,6 +308,21 @@ impl Drop for Unfinished {
 
 /// Opens the template in a folder of the store.
 fn open_template(store: &File, path: &Path, name: &str) -> Result<Option<Template>, TemplateError> {
+    let Some(Entry { kept, mut state, memory }) = open_entry(store, path, name)? else { return Ok(None) };
+    let record: Record = file::read(&mut state)?;
+    check_identity(&memory, &path.join(name), |found| record.is_of(found))?;
+    Ok(Some(Template { record, memory, kept }))
+}
+
+/// The files in a folder of the store.
+pub(super) struct Entry {
+    pub(super) kept: Kept,
+    pub(super) state: File,
+    pub(super) memory: File,
+}
+
+/// Opens the files in a folder of the store.
+pub(super) fn open_entry(store: &File, path: &Path, name: &str) -> Result<Option<Entry>, TemplateError> {
     let path = path.join(name);
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     let Some(folder) = open_at(store, name, flags | OFlag::O_DIRECTORY, &path)? else { return Ok(None) };
@@ -289,14 +332,22 @@ fn open_template(store: &File, path: &Path, name: &str) -> Result<Option<Templat
         let file = open_at(&folder, name, flags | OFlag::O_NONBLOCK, &path.join(name))?;
         file.map(|file| check_file(&file, &path.join(name)).map(|()| file)).transpose()
     };
-    // Whoever has removed one of them has removed the template.
-    let (Some(mut state), Some(memory)) = (open(STATE)?, open(MEMORY)?) else { return Ok(None) };
-    let record = Record::read(&mut state)?;
+    // Whoever has removed one of them has removed it all.
+    let (Some(state), Some(memory)) = (open(STATE)?, open(MEMORY)?) else { return Ok(None) };
+    Ok(Some(Entry { kept: Kept { folder }, state, memory }))
+}
+
+/// The memory in a folder is what was written there, if that is what its state says of it.
+pub(super) fn check_identity(
+    memory: &File,
+    path: &Path,
+    is_it: impl FnOnce(&FileIdentity) -> bool,
+) -> Result<(), TemplateError> {
     let found = memory.metadata().map_err(TemplateError::system("cannot look at its memory"))?;
-    if !record.is_of(&found) {
-        return Err(TemplateError::unfit(path.join(MEMORY), "it has been changed or copied"));
+    match is_it(&FileIdentity::of(&found)) {
+        true => Ok(()),
+        false => Err(TemplateError::unfit(path.join(MEMORY), "it has been changed or copied")),
     }
-    Ok(Some(Template { record, memory, folder }))
 }
 
 fn open_at(folder: &File, name: &str, flags: OFlag, path: &Path) -> Result<Option<File>, TemplateError> {
@@ -338,7 +389,7 @@ fn new_file(path: &Path) -> io::Result<File> {
 }
 
 /// Removes the folder of a template: the state first, so that a half of it is none.
-fn remove_folder(path: &Path) -> io::Result<()> {
+pub(super) fn remove_folder(path: &Path) -> io::Result<()> {
     if !fs::symlink_metadata(path)?.is_dir() {
         return fs::remove_file(path);
     }

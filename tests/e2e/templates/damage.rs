@@ -79,7 +79,7 @@ fn a_guest_that_does_not_come_up_costs_one_start() -> Result<()> {
 
 /// Overwrites all of the machine's memory, and lets the state say that the file is to be like that: nothing but the guest
 /// itself can tell.
-fn damage_unseen(folder: &Path) -> Result<()> {
+pub(super) fn damage_unseen(folder: &Path) -> Result<()> {
     let mut memory = File::options().write(true).open(folder.join("memory"))?;
     let mut at = 0;
     while let Ok(begin) = lseek(&memory, at, Whence::SeekData) {

@@ -11,10 +11,12 @@ mod page_tables;
 mod params;
 
 use std::fs::File;
+use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub(crate) use self::gdt::{LIMIT as SEGMENT_LIMIT, TABLE as SEGMENTS};
+use crate::pagemap::PAGE;
 use crate::{GuestMemory, layout};
 
 /// Why the guest cannot be booted.
@@ -66,8 +68,16 @@ pub(crate) struct Boot<'a> {
     pub(crate) slots: u8,
 }
 
-/// Puts all that the kernel needs into memory and returns its entry point.
-pub(crate) fn load(memory: &GuestMemory, boot: Boot<'_>) -> Result<GuestAddress, BootError> {
+/// A kernel that is loaded.
+pub(crate) struct Loaded {
+    /// Where to enter it.
+    pub(crate) entry: GuestAddress,
+    /// Where it is, from the page of its entry point on, if it stays there (an ELF file).
+    pub(crate) image: Option<Range<u64>>,
+}
+
+/// Puts all that the kernel needs into memory.
+pub(crate) fn load(memory: &GuestMemory, boot: Boot<'_>) -> Result<Loaded, BootError> {
     let kernel = kernel::load(memory, boot.kernel)?;
     let initramfs = kernel::place_initramfs(memory, &kernel, boot.initramfs.len() as u64)?;
     memory.write_slice(boot.initramfs, initramfs)?;
@@ -81,5 +91,7 @@ pub(crate) fn load(memory: &GuestMemory, boot: Boot<'_>) -> Result<GuestAddress,
     memory.write_slice(&mptable::table(boot.vcpus, boot.slots), layout::MP_TABLE)?;
     memory.write_slice(&gdt::bytes(), layout::GDT)?;
     memory.write_slice(&page_tables::identity(layout::PAGE_TABLES), layout::PAGE_TABLES)?;
-    Ok(kernel.entry)
+    let start = kernel.entry.0 - kernel.entry.0 % PAGE;
+    let image = kernel.setup_header.is_none().then_some(start..kernel.end.0);
+    Ok(Loaded { entry: kernel.entry, image })
 }

@@ -240,7 +240,7 @@ impl Machine {
         state.check_counts()?;
         let refused = |what| move |source| MachineError::Kvm { what, source };
         let present = cpuid::supported(kvm).map_err(refused("to list the processor's features"))?;
-        if !is_same_processor(present.as_slice(), &state.cpuid) {
+        if !cpuid::is_same_processor(present.as_slice(), &state.cpuid) {
             return Err(RestoreError::Processor);
         }
         let memory = memory::create(state.memory).map_err(MachineError::from)?;
@@ -291,23 +291,4 @@ impl Machine {
 fn set_clock(vm: &VmFd, nanoseconds: u64) -> Result<(), MachineError> {
     let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
     vm.set_clock(&clock).map_err(|source| MachineError::Kvm { what: "the clock", source })
-}
-
-/// Whether two lists of features are the same, but for the number of the processor that was asked.
-fn is_same_processor(left: &[kvm_cpuid_entry2], right: &[kvm_cpuid_entry2]) -> bool {
-    left.len() == right.len()
-        && left.iter().zip(right).all(|(left, right)| without_number(left) == without_number(right))
-}
-
-fn without_number(entry: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
-    let mut entry = *entry;
-    match entry.function {
-        0x1 => entry.ebx &= 0x00ff_ffff,
-        0xb | 0x1f => entry.edx = 0,
-        // The size of the states that are enabled at the moment.
-        0xd if entry.index <= 1 => entry.ebx = 0,
-        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0),
-        _ => {}
-    }
-    entry
 }

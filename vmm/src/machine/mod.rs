@@ -3,8 +3,10 @@
 mod capture;
 mod timeline;
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +32,7 @@ pub use crate::layout::MAX_SLOTS;
 use crate::memory;
 pub use crate::memory::MemoryError;
 use crate::serial::{Registers, SerialPort};
+use crate::text::{RecordedText, Text, TextError, TextPort};
 pub use crate::touched::Touched;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
@@ -60,6 +63,8 @@ pub struct MachineConfig {
     pub command_line: String,
     /// Number of virtio-mmio slots, at most [`MAX_SLOTS`].
     pub slots: u8,
+    /// What becomes of the kernel's text.
+    pub text: Text,
 }
 
 /// Why a machine could not be made, changed or run.
@@ -150,13 +155,21 @@ impl Machine {
         let (kvm, _) = host::open_kvm_for_kernels()?;
         let machine = Machine::without_kernel(&kvm, config.vcpus, config.memory, config.slots)?;
         let mut kernel = config.kernel;
-        machine.load(Boot {
+        let mut command_line = config.command_line;
+        if !matches!(config.text, Text::Own) {
+            let _ = write!(command_line, " host_text={:#x}", layout::TEXT_PORT);
+        }
+        let image = machine.load(Boot {
             kernel: &mut kernel,
             initramfs: &config.initramfs,
-            command_line: &config.command_line,
+            command_line: command_line.trim_start(),
             vcpus: config.vcpus,
             slots: config.slots,
         })?;
+        if let Some(image) = image {
+            machine.prepare_text(config.text, &image);
+        }
+        machine.lock_timeline().kernel_is_loaded();
         Ok(machine)
     }
 
@@ -194,7 +207,7 @@ impl Machine {
         };
         let slots = (0..slots).map(|number| Slot::new(number, vm.clone(), memory.clone()));
         let slots = slots.collect::<Result<_, _>>()?;
-        let bus = Arc::new(Bus::new(serial, slots));
+        let bus = Arc::new(Bus::new(serial, TextPort::new(memory.clone()), slots));
 
         let control = Arc::new(Control::new()?);
         let waiting = create_vcpus(kvm, &vm, vcpus, |vm, number, cpuid| {
@@ -212,15 +225,38 @@ impl Machine {
         })
     }
 
-    fn load(&self, boot: Boot<'_>) -> Result<(), MachineError> {
-        let entry = boot::load(&self.memory, boot)?;
+    /// Loads a kernel; returns where it stays.
+    fn load(&self, boot: Boot<'_>) -> Result<Option<Range<u64>>, MachineError> {
+        let boot::Loaded { entry, image } = boot::load(&self.memory, boot)?;
         if let Processors::Waiting(vcpus) = &*self.processors()
             && let Some(boot_processor) = vcpus.first()
         {
             boot_processor.set_entry(entry)?;
         }
-        self.lock_timeline().kernel_is_loaded();
-        Ok(())
+        Ok(image)
+    }
+
+    /// The kernel at `image` is to be given its text, or to have it recorded. Sharing saves something, and is nothing that a
+    /// start should fail for: without it the kernel does for itself what it does.
+    fn prepare_text(&self, text: Text, image: &Range<u64>) {
+        match text {
+            Text::Own => {}
+            Text::Recorded => self.bus.text().record(image),
+            Text::Shared(shared) => {
+                let Ok(pages) = shared.load(&self.memory, image) else { return };
+                if let Processors::Waiting(vcpus) = &*self.processors()
+                    && let Some(first) = vcpus.first()
+                {
+                    pages.map(&self.memory, first.fd());
+                }
+                let _ = self.bus.text().offer(shared);
+            }
+        }
+    }
+
+    /// What the guest's kernel has made of its text, if it was to be recorded. It is given out once.
+    pub fn recorded_text(&self) -> Result<Option<RecordedText>, TextError> {
+        self.bus.text().take_recorded().map(RecordedText::on_this_host).transpose()
     }
 
     /// Puts a device into an empty slot, before the start or while the guest runs.

@@ -157,7 +157,10 @@ fn run_once(vcpu: &mut VcpuFd, bus: &Bus) -> ControlFlow<ExitReason, Exit> {
     match vcpu.run() {
         Ok(VcpuExit::MmioRead(address, data)) => bus.read_memory(address, data),
         Ok(VcpuExit::MmioWrite(address, data)) => bus.write_memory(address, data),
-        Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
+        Ok(VcpuExit::IoIn(port, data)) => {
+            bus.read_port(port, data);
+            bus.text().map_replaced(vcpu);
+        }
         Ok(VcpuExit::IoOut(port, data)) => bus.write_port(port, data)?,
         Ok(VcpuExit::Intr) => return ControlFlow::Continue(Exit::Kicked),
         Err(error) if error.errno() == libc::EINTR => {

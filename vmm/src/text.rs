@@ -1,0 +1,489 @@
+//! The text of the guest's kernel, which machines of a host can share.
+//!
+//! A Linux kernel begins by patching its own code to what the processor has: nearly each page of it, and the same each time.
+//! So one machine [records](Text::Recorded) the outcome, and others are [given](Text::Shared) it. What they begin with is
+//! the text as it is loaded, mapped instead of copied. When it comes to patching, their kernel asks at a port (its patch
+//! `boot-host-text`): if what it has by then is byte for byte what the recorded one had, its text is replaced by the patched
+//! one, and it has nothing to patch. Machines share what they do not write to afterwards.
+//!
+//! A kernel can ask once. By the time that anything of a container runs, it has.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion, VolatileMemory, VolatileMemoryError};
+
+use crate::pagemap::PAGE;
+use crate::touched::Touched;
+use crate::{GuestMemory, cpuid, host, image};
+
+/// Offsets of 32-bit ports: the number of the text's first page, how many there are, and the question for it (read: 1 is
+/// yes) or the word that it is patched (write).
+const FIRST_PAGE: u16 = 0;
+const PAGES: u16 = 4;
+const PATCHED: u16 = 8;
+/// How many ports there are.
+pub(crate) const PORTS: u16 = 12;
+
+/// No kernel has more.
+const MAX_LENGTH: u64 = 128 << 20;
+/// Bytes that are compared at a time, on the stack of a vCPU.
+const CHUNK: usize = 16 << 10;
+
+/// Why a recorded text cannot be given to machines.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// It makes no sense.
+    #[error("the text of the guest's kernel has {0}")]
+    Impossible(&'static str),
+    /// The processor is not the same.
+    #[error(
+        "the text of the guest's kernel was patched on another processor, or on the same with other features"
+    )]
+    Processor,
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    /// KVM does not tell what the processor has.
+    #[error("KVM refused to list the processor's features: {0}")]
+    Features(vmm_sys_util::errno::Error),
+    /// The file could not be used.
+    #[error("the file with the text of the guest's kernel could not be mapped: {0}")]
+    Map(#[from] MmapRegionError),
+    /// The file could not be used.
+    #[error("the file with the text of the guest's kernel could not be looked at: {0}")]
+    File(#[from] io::Error),
+}
+
+/// What becomes of the text of a machine's kernel.
+#[derive(Debug, Default)]
+pub enum Text {
+    /// The kernel patches it for itself.
+    #[default]
+    Own,
+    /// The same, and it is recorded, if it is loaded as it is (an ELF file).
+    Recorded,
+    /// It is the one that was recorded, from the same kernel.
+    Shared(SharedText),
+}
+
+/// What is known of a recorded text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TextRecord {
+    /// Where it is in the guest's memory, in bytes.
+    start: u64,
+    /// Its length in bytes.
+    length: u64,
+    /// What the processor says of itself.
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+/// A text that was recorded.
+#[derive(Debug)]
+pub struct RecordedText {
+    /// What is to be known of it.
+    pub record: TextRecord,
+    /// As it is loaded, as it is before it is patched, and as it is then.
+    versions: [Vec<u8>; 3],
+}
+
+impl RecordedText {
+    /// The same, of a machine that ran on this host.
+    pub(crate) fn on_this_host(mut self) -> Result<RecordedText, TextError> {
+        self.record.cpuid = present()?;
+        Ok(self)
+    }
+
+    /// Writes all of it to an empty file.
+    pub fn write_to(&self, file: &File) -> io::Result<()> {
+        self.versions
+            .iter()
+            .enumerate()
+            .try_for_each(|(number, version)| file.write_all_at(version, number as u64 * self.record.length))
+    }
+}
+
+/// A text in a file, for this host's processor.
+#[derive(Debug)]
+pub struct SharedText {
+    record: TextRecord,
+    file: File,
+}
+
+impl SharedText {
+    /// What [`RecordedText::write_to`] has written to a file which nobody changes.
+    pub fn new(record: TextRecord, file: File) -> Result<SharedText, TextError> {
+        match cpuid::is_same_processor(&present()?, &record.cpuid) {
+            true => SharedText::of_any(record, file),
+            false => Err(TextError::Processor),
+        }
+    }
+
+    /// The same, on whatever processor.
+    fn of_any(record: TextRecord, file: File) -> Result<SharedText, TextError> {
+        let TextRecord { start, length, .. } = record;
+        if !start.is_multiple_of(PAGE) || !length.is_multiple_of(PAGE) {
+            return Err(TextError::Impossible("bounds within a page"));
+        }
+        if length == 0 || length > MAX_LENGTH || start.checked_add(length).is_none() {
+            return Err(TextError::Impossible("a length that no kernel has"));
+        }
+        if file.metadata()?.len() != 3 * length {
+            return Err(TextError::Impossible("another length than its file"));
+        }
+        Ok(SharedText { record, file })
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.record.start..self.record.start + self.record.length
+    }
+
+    /// Has a machine that was not started begin with the text as it is loaded. `image` is where its kernel is.
+    pub(crate) fn load(&self, memory: &GuestMemory, image: &Range<u64>) -> Result<Touched, TextError> {
+        let Range { start, end } = self.range();
+        if start < image.start || end > image.end {
+            return Err(TextError::Impossible("another place than the kernel"));
+        }
+        self.map(memory, 0)
+    }
+
+    fn map(&self, memory: &GuestMemory, version: u64) -> Result<Touched, TextError> {
+        let Range { start, end } = self.range();
+        image::map_range(memory, &self.file, version * self.record.length, start..end)?;
+        let pages = Touched::by_reading(start / PAGE..end / PAGE);
+        pages.provide(memory);
+        Ok(pages)
+    }
+
+    /// The text before it is patched.
+    fn before(&self) -> Result<MmapRegion, TextError> {
+        let file = FileOffset::new(self.file.try_clone()?, self.record.length);
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        Ok(MmapRegion::build(Some(file), self.record.length as usize, libc::PROT_READ, flags)?)
+    }
+}
+
+/// What this host's processor says of itself.
+fn present() -> Result<Vec<kvm_cpuid_entry2>, TextError> {
+    let kvm = host::open_kvm()?;
+    Ok(cpuid::supported(&kvm).map_err(TextError::Features)?.as_slice().to_vec())
+}
+
+/// Where the guest's kernel asks for its text.
+#[derive(Debug)]
+pub(crate) struct TextPort {
+    memory: GuestMemory,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Where the kernel says that its text is, in pages.
+    first_page: u32,
+    pages: u32,
+    offer: Offer,
+    /// Memory that was replaced, and that KVM could map at once.
+    replaced: Option<Touched>,
+}
+
+#[derive(Debug, Default)]
+enum Offer {
+    #[default]
+    Nothing,
+    /// The kernel will be given this.
+    Text { shared: SharedText, before: MmapRegion },
+    /// What the kernel does will be recorded. This is how it was loaded, and where.
+    Record { loaded: Vec<u8>, start: u64 },
+    /// The kernel is about to patch its text.
+    Recording(Vec<u8>, Vec<u8>),
+    /// It has.
+    Recorded(RecordedText),
+}
+
+impl TextPort {
+    /// Ports that answer no, until there is something to offer.
+    pub(crate) fn new(memory: GuestMemory) -> TextPort {
+        TextPort { memory, state: Mutex::default() }
+    }
+
+    /// Gives the kernel this text when it asks.
+    pub(crate) fn offer(&self, shared: SharedText) -> Result<(), TextError> {
+        let before = shared.before()?;
+        self.state().offer = Offer::Text { shared, before };
+        Ok(())
+    }
+
+    /// Records what the kernel makes of its text. It is loaded, at `image`, and was not entered.
+    pub(crate) fn record(&self, image: &Range<u64>) {
+        let length = image.end.saturating_sub(image.start).min(MAX_LENGTH);
+        // What is not in memory cannot be recorded.
+        if let Some(loaded) = self.copy(image.start..image.start + length) {
+            self.state().offer = Offer::Record { loaded, start: image.start };
+        }
+    }
+
+    /// What was recorded, if the kernel has asked, and has said that it was done. Of the processor it knows nothing yet.
+    pub(crate) fn take_recorded(&self) -> Option<RecordedText> {
+        let mut state = self.state();
+        match std::mem::take(&mut state.offer) {
+            Offer::Recorded(text) => Some(text),
+            other => {
+                state.offer = other;
+                None
+            }
+        }
+    }
+
+    /// A 32-bit `in` instruction.
+    pub(crate) fn read(&self, offset: u16) -> u32 {
+        if offset != PATCHED {
+            return 0;
+        }
+        let mut state = self.state();
+        let range = state.range();
+        let (offer, replaced) = match std::mem::take(&mut state.offer) {
+            Offer::Text { shared, before } => (Offer::Nothing, self.give(&shared, &before, &range)),
+            Offer::Record { loaded, start } => (self.begin(&loaded, start, &range).unwrap_or_default(), None),
+            other => (other, None),
+        };
+        state.offer = offer;
+        state.replaced = replaced;
+        state.replaced.is_some().into()
+    }
+
+    /// A 32-bit `out` instruction.
+    pub(crate) fn write(&self, offset: u16, value: u32) {
+        let mut state = self.state();
+        match offset {
+            FIRST_PAGE => state.first_page = value,
+            PAGES => state.pages = value,
+            PATCHED => {
+                let range = state.range();
+                state.offer = match std::mem::take(&mut state.offer) {
+                    Offer::Recording(loaded, before) => self.end(loaded, before, range),
+                    other => other,
+                };
+            }
+            _ => {}
+        }
+    }
+
+    /// Has KVM map what has been replaced, before the guest comes to each page of it.
+    pub(crate) fn map_replaced(&self, vcpu: &VcpuFd) {
+        if let Some(pages) = self.state().replaced.take() {
+            pages.map(&self.memory, vcpu);
+        }
+    }
+
+    /// Replaces the text, if it is what it should be. One vCPU alone runs by then; a kernel that has others write to it
+    /// meanwhile harms itself.
+    fn give(&self, shared: &SharedText, before: &MmapRegion, range: &Range<u64>) -> Option<Touched> {
+        if *range != shared.range() || !self.has(range.start, before) {
+            return None;
+        }
+        shared.map(&self.memory, 2).ok()
+    }
+
+    /// Whether the memory from here on is the same.
+    fn has(&self, start: u64, expected: &MmapRegion) -> bool {
+        let same = |offset: usize| -> Result<bool, VolatileMemoryError> {
+            let length = CHUNK.min(expected.size() - offset);
+            let (mut present, mut wanted) = ([0; CHUNK], [0; CHUNK]);
+            expected.get_slice(offset, length)?.copy_to(&mut wanted[..]);
+            let read = self.memory.read_slice(&mut present[..length], GuestAddress(start + offset as u64));
+            Ok(read.is_ok() && present[..length] == wanted[..length])
+        };
+        (0..expected.size()).step_by(CHUNK).all(|offset| same(offset).unwrap_or(false))
+    }
+
+    fn begin(&self, loaded: &[u8], start: u64, range: &Range<u64>) -> Option<Offer> {
+        let from = usize::try_from(range.start.checked_sub(start)?).ok()?;
+        let to = usize::try_from(range.end.checked_sub(start)?).ok()?;
+        let loaded = loaded.get(from..to).filter(|text| !text.is_empty())?.to_vec();
+        Some(Offer::Recording(loaded, self.copy(range.clone())?))
+    }
+
+    fn end(&self, loaded: Vec<u8>, before: Vec<u8>, range: Range<u64>) -> Offer {
+        let length = before.len() as u64;
+        match self.copy(range.clone()).filter(|patched| patched.len() == before.len()) {
+            Some(patched) => Offer::Recorded(RecordedText {
+                record: TextRecord { start: range.start, length, cpuid: Vec::new() },
+                versions: [loaded, before, patched],
+            }),
+            None => Offer::Nothing,
+        }
+    }
+
+    fn copy(&self, range: Range<u64>) -> Option<Vec<u8>> {
+        let length = range.end.checked_sub(range.start).filter(|length| *length <= MAX_LENGTH)?;
+        let mut bytes = vec![0; length as usize];
+        self.memory.read_slice(&mut bytes, GuestAddress(range.start)).ok()?;
+        Some(bytes)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Where the kernel says that its text is, in bytes. Two 32-bit numbers of pages do not overflow.
+    fn range(&self) -> Range<u64> {
+        let start = u64::from(self.first_page) * PAGE;
+        start..start + u64::from(self.pages) * PAGE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory;
+
+    const SIZE: u64 = 32 << 20;
+    const IMAGE: Range<u64> = 16 << 20..24 << 20;
+    const TEXT: Range<u64> = 17 << 20..19 << 20;
+
+    /// A machine's memory with a kernel, and its port.
+    struct Machine {
+        memory: GuestMemory,
+        port: TextPort,
+    }
+
+    impl Machine {
+        fn new() -> Machine {
+            let memory = memory::create(SIZE).unwrap();
+            let machine = Machine { port: TextPort::new(memory.clone()), memory };
+            machine.write(IMAGE, 1);
+            machine
+        }
+
+        fn write(&self, range: Range<u64>, byte: u8) {
+            let bytes = vec![byte; (range.end - range.start) as usize];
+            self.memory.write_slice(&bytes, GuestAddress(range.start)).unwrap();
+        }
+
+        fn byte(&self, at: u64) -> u8 {
+            self.memory.read_obj(GuestAddress(at)).unwrap()
+        }
+
+        /// The kernel changes its text a little, and asks for the rest.
+        fn ask(&self, early: u8) -> u32 {
+            self.write(TEXT.start + 5..TEXT.start + 6, early);
+            self.port.write(FIRST_PAGE, (TEXT.start / PAGE) as u32);
+            self.port.write(PAGES, ((TEXT.end - TEXT.start) / PAGE) as u32);
+            self.port.read(PATCHED)
+        }
+    }
+
+    fn recorded() -> RecordedText {
+        let machine = Machine::new();
+        machine.port.record(&IMAGE);
+        assert_eq!(machine.ask(2), 0);
+        assert!(machine.port.take_recorded().is_none(), "it is not patched yet");
+        machine.write(TEXT, 3);
+        machine.port.write(PATCHED, 1);
+        machine.port.take_recorded().unwrap()
+    }
+
+    fn shared(recorded: &RecordedText) -> SharedText {
+        let file = tempfile::tempfile().unwrap();
+        recorded.write_to(&file).unwrap();
+        SharedText::of_any(recorded.record.clone(), file).unwrap()
+    }
+
+    fn offered() -> Machine {
+        let machine = Machine::new();
+        let shared = shared(&recorded());
+        shared.load(&machine.memory, &IMAGE).unwrap();
+        machine.port.offer(shared).unwrap();
+        machine
+    }
+
+    #[test]
+    fn what_one_machine_has_patched_others_are_given() {
+        for _ in 0..2 {
+            let machine = offered();
+            assert_eq!(machine.byte(TEXT.start + 5), 1, "as it is loaded");
+            assert_eq!(machine.ask(2), 1);
+            assert_eq!([machine.byte(TEXT.start + 5), machine.byte(TEXT.end - 1)], [3, 3]);
+            assert_eq!([machine.byte(TEXT.start - 1), machine.byte(TEXT.end)], [1, 1]);
+            // It is its own as soon as it writes to it.
+            machine.write(TEXT, 4);
+            assert_eq!(machine.ask(2), 0, "it asks once");
+            assert_eq!(machine.byte(TEXT.start), 4);
+        }
+    }
+
+    #[test]
+    fn a_kernel_whose_text_is_another_one_keeps_it() {
+        let machine = offered();
+        assert_eq!(machine.ask(7), 0);
+        assert_eq!([machine.byte(TEXT.start + 5), machine.byte(TEXT.start + 6)], [7, 1]);
+        let machine = offered();
+        machine.port.write(PAGES, 1);
+        assert_eq!(machine.port.read(PATCHED), 0);
+    }
+
+    #[test]
+    fn who_was_offered_nothing_gets_nothing() {
+        let machine = Machine::new();
+        assert_eq!(machine.ask(2), 0);
+        machine.port.write(PATCHED, 1);
+        assert!(machine.port.take_recorded().is_none());
+    }
+
+    #[test]
+    fn what_is_no_text_of_a_kernel_is_refused() {
+        let RecordedText { record, versions } = recorded();
+        let TextRecord { start, length, .. } = record.clone();
+        let refused = |start, length| {
+            let file = tempfile::tempfile().unwrap();
+            RecordedText { record: record.clone(), versions: versions.clone() }.write_to(&file).unwrap();
+            SharedText::of_any(TextRecord { start, length, cpuid: Vec::new() }, file).is_err()
+        };
+        assert!(!refused(start, length));
+        for (start, length) in [
+            (start + 1, length),
+            (start, length - 1),
+            (start, 0),
+            (start, length + PAGE),
+            (start, u64::MAX - PAGE + 1),
+            (u64::MAX - PAGE + 1, length),
+        ] {
+            assert!(refused(start, length), "{start:#x} {length:#x}");
+        }
+        let beyond = IMAGE.start..TEXT.end - PAGE;
+        let memory = memory::create(SIZE).unwrap();
+        assert!(shared(&recorded()).load(&memory, &beyond).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_question_harms(
+            record: bool,
+            accesses in prop::collection::vec((any::<bool>(), 0_u16..PORTS, prop_oneof![any::<u32>(), 0_u32..9000]), 0..16),
+        ) {
+            let machine = if record { Machine::new() } else { offered() };
+            if record {
+                machine.port.record(&IMAGE);
+            }
+            for (reads, offset, value) in accesses {
+                if reads {
+                    machine.port.read(offset);
+                } else {
+                    machine.port.write(offset, value);
+                }
+            }
+            prop_assert_eq!(machine.byte(TEXT.end), 1);
+        }
+    }
+}
