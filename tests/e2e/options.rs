@@ -259,5 +259,15 @@ fn what_a_virtual_machine_cannot_do_is_refused() -> Result<()> {
     ] {
         docker_run(&[option, "busybox", "true"])?.expect_code(125)?.expect_failure(&[words])?;
     }
+    let other = docker_start(&["--ipc=shareable", "busybox", "sleep", "1000"])?;
+    for (kind, words) in [
+        ("network", "share the network of another container"),
+        ("pid", "processes of another container"),
+        ("ipc", "IPC objects with another container"),
+    ] {
+        let option = format!("--{kind}=container:{other}");
+        docker_run(&[&option, "busybox", "true"])?.expect_code(125)?.expect_failure(&[words])?;
+    }
+    docker(&["rm", "-f", &other])?.expect_code(0)?;
     Ok(())
 }

@@ -26,6 +26,7 @@ pub const STORIES: &[(&str, Story)] = &[
     ("a_template_in_use_can_be_removed", a_template_in_use_can_be_removed),
     ("each_shape_has_its_own", each_shape_has_its_own),
     ("templates_can_be_switched_off", templates_can_be_switched_off),
+    ("a_folder_that_cannot_be_made_is_told", a_folder_that_cannot_be_made_is_told),
 ];
 
 /// What the timeline says of a machine that boots, and of one that does not.
@@ -200,6 +201,16 @@ fn each_shape_has_its_own() -> Result<()> {
     }
     ensure!(first[1].starts_with("3\n"), "it has {:?}", first[1]);
     Ok(())
+}
+
+fn a_folder_that_cannot_be_made_is_told() -> Result<()> {
+    let (templates, bundle) = (Templates::new()?, Bundle::new(&["echo", "hello"])?);
+    let mut command = templates.command(&["run", "--timeline", "--bundle", bundle.path(), "story"]);
+    command.env("RVM_TEMPLATES", "/proc/e2e-templates");
+    let run = finish(command, &[])?;
+    ensure_says(&run, BOOTED)?;
+    ensure_says(&run, "no template is made, so containers of this shape boot")?;
+    run.expect_text("hello")
 }
 
 fn templates_can_be_switched_off() -> Result<()> {

@@ -24,8 +24,8 @@ use crate::pagemap::PAGE;
 use crate::touched::Touched;
 use crate::{GuestMemory, cpuid, host, image};
 
-/// Offsets of 32-bit ports: the number of the text's first page, how many there are, and the question for it (read: 1 is
-/// yes) or the word that it is patched (write).
+/// Offsets of 32-bit ports: the number of the first page of a part of the text; how many pages it has, which names it; and
+/// the question for all of them (read: 1 is yes) or the word that they are patched (write).
 const FIRST_PAGE: u16 = 0;
 const PAGES: u16 = 4;
 const PATCHED: u16 = 8;
@@ -34,6 +34,8 @@ pub(crate) const PORTS: u16 = 12;
 
 /// No kernel has more.
 const MAX_LENGTH: u64 = 128 << 20;
+/// Nor in more parts: what stays, and what is freed after the start.
+const MAX_PARTS: usize = 4;
 /// Bytes that are compared at a time, on the stack of a vCPU.
 const CHUNK: usize = 16 << 10;
 
@@ -77,12 +79,46 @@ pub enum Text {
 /// What is known of a recorded text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TextRecord {
-    /// Where it is in the guest's memory, in bytes.
-    start: u64,
-    /// Its length in bytes.
-    length: u64,
+    parts: Parts,
     /// What the processor says of itself.
     cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+/// Where the parts of a text are in the guest's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Parts(Vec<Range<u64>>);
+
+impl Parts {
+    /// Adds what the guest's kernel names, in pages. Two 32-bit numbers of pages do not overflow.
+    fn add(&mut self, first: u32, pages: u32) {
+        if self.0.len() < MAX_PARTS {
+            let start = u64::from(first) * PAGE;
+            self.0.push(start..start + u64::from(pages) * PAGE);
+        }
+    }
+
+    /// The length of all of them in bytes, if they can be parts of a kernel.
+    fn length(&self) -> Result<u64, TextError> {
+        let mut sum: u64 = 0;
+        for Range { start, end } in &self.0 {
+            if !start.is_multiple_of(PAGE) || !end.is_multiple_of(PAGE) {
+                return Err(TextError::Impossible("bounds within a page"));
+            }
+            let length = end.checked_sub(*start).filter(|length| (1..=MAX_LENGTH).contains(length));
+            sum += length.ok_or(TextError::Impossible("a length that no kernel has"))?;
+        }
+        let is_possible = sum <= MAX_LENGTH && (1..=MAX_PARTS).contains(&self.0.len());
+        is_possible.then_some(sum).ok_or(TextError::Impossible("a length that no kernel has"))
+    }
+
+    /// Each part, and where it begins if they are put behind one another.
+    fn placed(&self) -> impl Iterator<Item = (&Range<u64>, u64)> {
+        self.0.iter().scan(0, |next, part| {
+            let place = *next;
+            *next += part.end - part.start;
+            Some((part, place))
+        })
+    }
 }
 
 /// A text that was recorded.
@@ -106,14 +142,16 @@ impl RecordedText {
         self.versions
             .iter()
             .enumerate()
-            .try_for_each(|(number, version)| file.write_all_at(version, number as u64 * self.record.length))
+            .try_for_each(|(number, version)| file.write_all_at(version, (number * version.len()) as u64))
     }
 }
 
 /// A text in a file, for this host's processor.
 #[derive(Debug)]
 pub struct SharedText {
-    record: TextRecord,
+    parts: Parts,
+    /// The length of one version.
+    length: u64,
     file: File,
 }
 
@@ -128,45 +166,35 @@ impl SharedText {
 
     /// The same, on whatever processor.
     fn of_any(record: TextRecord, file: File) -> Result<SharedText, TextError> {
-        let TextRecord { start, length, .. } = record;
-        if !start.is_multiple_of(PAGE) || !length.is_multiple_of(PAGE) {
-            return Err(TextError::Impossible("bounds within a page"));
-        }
-        if length == 0 || length > MAX_LENGTH || start.checked_add(length).is_none() {
-            return Err(TextError::Impossible("a length that no kernel has"));
-        }
+        let length = record.parts.length()?;
         if file.metadata()?.len() != 3 * length {
             return Err(TextError::Impossible("another length than its file"));
         }
-        Ok(SharedText { record, file })
-    }
-
-    fn range(&self) -> Range<u64> {
-        self.record.start..self.record.start + self.record.length
+        Ok(SharedText { parts: record.parts, length, file })
     }
 
     /// Has a machine that was not started begin with the text as it is loaded. `image` is where its kernel is.
     pub(crate) fn load(&self, memory: &GuestMemory, image: &Range<u64>) -> Result<Touched, TextError> {
-        let Range { start, end } = self.range();
-        if start < image.start || end > image.end {
+        if self.parts.0.iter().any(|part| part.start < image.start || part.end > image.end) {
             return Err(TextError::Impossible("another place than the kernel"));
         }
         self.map(memory, 0)
     }
 
     fn map(&self, memory: &GuestMemory, version: u64) -> Result<Touched, TextError> {
-        let Range { start, end } = self.range();
-        image::map_range(memory, &self.file, version * self.record.length, start..end)?;
-        let pages = Touched::by_reading(start / PAGE..end / PAGE);
+        for (part, place) in self.parts.placed() {
+            image::map_range(memory, &self.file, version * self.length + place, part.clone())?;
+        }
+        let pages = Touched::by_reading(self.parts.0.iter().map(|part| part.start / PAGE..part.end / PAGE));
         pages.provide(memory);
         Ok(pages)
     }
 
     /// The text before it is patched.
     fn before(&self) -> Result<MmapRegion, TextError> {
-        let file = FileOffset::new(self.file.try_clone()?, self.record.length);
+        let file = FileOffset::new(self.file.try_clone()?, self.length);
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        Ok(MmapRegion::build(Some(file), self.record.length as usize, libc::PROT_READ, flags)?)
+        Ok(MmapRegion::build(Some(file), self.length as usize, libc::PROT_READ, flags)?)
     }
 }
 
@@ -185,9 +213,9 @@ pub(crate) struct TextPort {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Where the kernel says that its text is, in pages.
+    /// Where the kernel says that its text is.
     first_page: u32,
-    pages: u32,
+    parts: Parts,
     offer: Offer,
     /// Memory that was replaced, and that KVM could map at once.
     replaced: Option<Touched>,
@@ -222,9 +250,10 @@ impl TextPort {
 
     /// Records what the kernel makes of its text. It is loaded, at `image`, and was not entered.
     pub(crate) fn record(&self, image: &Range<u64>) {
-        let length = image.end.saturating_sub(image.start).min(MAX_LENGTH);
+        let length = image.end.saturating_sub(image.start).min(MAX_LENGTH).next_multiple_of(PAGE);
         // What is not in memory cannot be recorded.
-        if let Some(loaded) = self.copy(image.start..image.start + length) {
+        let whole = std::iter::once(image.start..image.start + length);
+        if let Some(loaded) = self.copy(&Parts(whole.collect())) {
             self.state().offer = Offer::Record { loaded, start: image.start };
         }
     }
@@ -247,10 +276,11 @@ impl TextPort {
             return 0;
         }
         let mut state = self.state();
-        let range = state.range();
         let (offer, replaced) = match std::mem::take(&mut state.offer) {
-            Offer::Text { shared, before } => (Offer::Nothing, self.give(&shared, &before, &range)),
-            Offer::Record { loaded, start } => (self.begin(&loaded, start, &range).unwrap_or_default(), None),
+            Offer::Text { shared, before } => (Offer::Nothing, self.give(&shared, &before, &state.parts)),
+            Offer::Record { loaded, start } => {
+                (self.begin(&loaded, start, &state.parts).unwrap_or_default(), None)
+            }
             other => (other, None),
         };
         state.offer = offer;
@@ -263,11 +293,13 @@ impl TextPort {
         let mut state = self.state();
         match offset {
             FIRST_PAGE => state.first_page = value,
-            PAGES => state.pages = value,
+            PAGES => {
+                let first = state.first_page;
+                state.parts.add(first, value);
+            }
             PATCHED => {
-                let range = state.range();
                 state.offer = match std::mem::take(&mut state.offer) {
-                    Offer::Recording(loaded, before) => self.end(loaded, before, range),
+                    Offer::Recording(loaded, before) => self.end(loaded, before, &state.parts),
                     other => other,
                 };
             }
@@ -284,60 +316,57 @@ impl TextPort {
 
     /// Replaces the text, if it is what it should be. One vCPU alone runs by then; a kernel that has others write to it
     /// meanwhile harms itself.
-    fn give(&self, shared: &SharedText, before: &MmapRegion, range: &Range<u64>) -> Option<Touched> {
-        if *range != shared.range() || !self.has(range.start, before) {
-            return None;
-        }
-        shared.map(&self.memory, 2).ok()
+    fn give(&self, shared: &SharedText, before: &MmapRegion, parts: &Parts) -> Option<Touched> {
+        let is_it =
+            *parts == shared.parts && parts.placed().all(|(part, place)| self.has(part, before, place));
+        is_it.then(|| shared.map(&self.memory, 2).ok()).flatten()
     }
 
-    /// Whether the memory from here on is the same.
-    fn has(&self, start: u64, expected: &MmapRegion) -> bool {
-        let same = |offset: usize| -> Result<bool, VolatileMemoryError> {
-            let length = CHUNK.min(expected.size() - offset);
+    /// Whether a part is what it is expected to be, which lies at `place`.
+    fn has(&self, part: &Range<u64>, expected: &MmapRegion, place: u64) -> bool {
+        let same = |at: u64| -> Result<bool, VolatileMemoryError> {
+            let length = (part.end - at).min(CHUNK as u64) as usize;
             let (mut present, mut wanted) = ([0; CHUNK], [0; CHUNK]);
+            let offset = (place + at - part.start) as usize;
             expected.get_slice(offset, length)?.copy_to(&mut wanted[..]);
-            let read = self.memory.read_slice(&mut present[..length], GuestAddress(start + offset as u64));
+            let read = self.memory.read_slice(&mut present[..length], GuestAddress(at));
             Ok(read.is_ok() && present[..length] == wanted[..length])
         };
-        (0..expected.size()).step_by(CHUNK).all(|offset| same(offset).unwrap_or(false))
+        (part.start..part.end).step_by(CHUNK).all(|at| same(at).unwrap_or(false))
     }
 
-    fn begin(&self, loaded: &[u8], start: u64, range: &Range<u64>) -> Option<Offer> {
-        let from = usize::try_from(range.start.checked_sub(start)?).ok()?;
-        let to = usize::try_from(range.end.checked_sub(start)?).ok()?;
-        let loaded = loaded.get(from..to).filter(|text| !text.is_empty())?.to_vec();
-        Some(Offer::Recording(loaded, self.copy(range.clone())?))
+    fn begin(&self, image: &[u8], start: u64, parts: &Parts) -> Option<Offer> {
+        let mut loaded = Vec::new();
+        for part in &parts.0 {
+            let from = usize::try_from(part.start.checked_sub(start)?).ok()?;
+            let to = usize::try_from(part.end.checked_sub(start)?).ok()?;
+            loaded.extend_from_slice(image.get(from..to)?);
+        }
+        Some(Offer::Recording(loaded, self.copy(parts)?))
     }
 
-    fn end(&self, loaded: Vec<u8>, before: Vec<u8>, range: Range<u64>) -> Offer {
-        let length = before.len() as u64;
-        match self.copy(range.clone()).filter(|patched| patched.len() == before.len()) {
+    fn end(&self, loaded: Vec<u8>, before: Vec<u8>, parts: &Parts) -> Offer {
+        match self.copy(parts).filter(|patched| patched.len() == before.len()) {
             Some(patched) => Offer::Recorded(RecordedText {
-                record: TextRecord { start: range.start, length, cpuid: Vec::new() },
+                record: TextRecord { parts: parts.clone(), cpuid: Vec::new() },
                 versions: [loaded, before, patched],
             }),
             None => Offer::Nothing,
         }
     }
 
-    fn copy(&self, range: Range<u64>) -> Option<Vec<u8>> {
-        let length = range.end.checked_sub(range.start).filter(|length| *length <= MAX_LENGTH)?;
-        let mut bytes = vec![0; length as usize];
-        self.memory.read_slice(&mut bytes, GuestAddress(range.start)).ok()?;
+    /// What is in these places of the memory.
+    fn copy(&self, parts: &Parts) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; parts.length().ok()? as usize];
+        for (part, place) in parts.placed() {
+            let (from, to) = (place as usize, (place + part.end - part.start) as usize);
+            self.memory.read_slice(&mut bytes[from..to], GuestAddress(part.start)).ok()?;
+        }
         Some(bytes)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// Where the kernel says that its text is, in bytes. Two 32-bit numbers of pages do not overflow.
-    fn range(&self) -> Range<u64> {
-        let start = u64::from(self.first_page) * PAGE;
-        start..start + u64::from(self.pages) * PAGE
     }
 }
 
@@ -351,6 +380,8 @@ mod tests {
     const SIZE: u64 = 32 << 20;
     const IMAGE: Range<u64> = 16 << 20..24 << 20;
     const TEXT: Range<u64> = 17 << 20..19 << 20;
+    /// Freed after the start.
+    const INIT: Range<u64> = (20 << 20) + PAGE..(20 << 20) + 8 * PAGE;
 
     /// A machine's memory with a kernel, and its port.
     struct Machine {
@@ -378,8 +409,10 @@ mod tests {
         /// The kernel changes its text a little, and asks for the rest.
         fn ask(&self, early: u8) -> u32 {
             self.write(TEXT.start + 5..TEXT.start + 6, early);
-            self.port.write(FIRST_PAGE, (TEXT.start / PAGE) as u32);
-            self.port.write(PAGES, ((TEXT.end - TEXT.start) / PAGE) as u32);
+            for part in [TEXT, INIT] {
+                self.port.write(FIRST_PAGE, (part.start / PAGE) as u32);
+                self.port.write(PAGES, ((part.end - part.start) / PAGE) as u32);
+            }
             self.port.read(PATCHED)
         }
     }
@@ -390,6 +423,7 @@ mod tests {
         assert_eq!(machine.ask(2), 0);
         assert!(machine.port.take_recorded().is_none(), "it is not patched yet");
         machine.write(TEXT, 3);
+        machine.write(INIT, 5);
         machine.port.write(PATCHED, 1);
         machine.port.take_recorded().unwrap()
     }
@@ -416,6 +450,8 @@ mod tests {
             assert_eq!(machine.ask(2), 1);
             assert_eq!([machine.byte(TEXT.start + 5), machine.byte(TEXT.end - 1)], [3, 3]);
             assert_eq!([machine.byte(TEXT.start - 1), machine.byte(TEXT.end)], [1, 1]);
+            assert_eq!([machine.byte(INIT.start), machine.byte(INIT.end - 1)], [5, 5]);
+            assert_eq!([machine.byte(INIT.start - 1), machine.byte(INIT.end)], [1, 1]);
             // It is its own as soon as it writes to it.
             machine.write(TEXT, 4);
             assert_eq!(machine.ask(2), 0, "it asks once");
@@ -444,22 +480,24 @@ mod tests {
     #[test]
     fn what_is_no_text_of_a_kernel_is_refused() {
         let RecordedText { record, versions } = recorded();
-        let TextRecord { start, length, .. } = record.clone();
-        let refused = |start, length| {
+        let refused = |parts: &[Range<u64>]| {
             let file = tempfile::tempfile().unwrap();
             RecordedText { record: record.clone(), versions: versions.clone() }.write_to(&file).unwrap();
-            SharedText::of_any(TextRecord { start, length, cpuid: Vec::new() }, file).is_err()
+            SharedText::of_any(TextRecord { parts: Parts(parts.to_vec()), cpuid: Vec::new() }, file).is_err()
         };
-        assert!(!refused(start, length));
-        for (start, length) in [
-            (start + 1, length),
-            (start, length - 1),
-            (start, 0),
-            (start, length + PAGE),
-            (start, u64::MAX - PAGE + 1),
-            (u64::MAX - PAGE + 1, length),
+        assert!(!refused(&[TEXT, INIT]) && !refused(&[INIT, TEXT]));
+        for parts in [
+            &[TEXT][..],
+            &[],
+            &[TEXT, INIT, TEXT],
+            &[TEXT.start + 1..TEXT.end, INIT],
+            &[TEXT.start..TEXT.end - 1, INIT],
+            &[TEXT, Range { start: INIT.end, end: INIT.start }],
+            &[TEXT, INIT, INIT.start..INIT.start],
+            &[0..u64::MAX - PAGE + 1, INIT],
+            &[0..PAGE, 0..PAGE, 0..PAGE, 0..PAGE, 0..PAGE],
         ] {
-            assert!(refused(start, length), "{start:#x} {length:#x}");
+            assert!(refused(parts), "{parts:?}");
         }
         let beyond = IMAGE.start..TEXT.end - PAGE;
         let memory = memory::create(SIZE).unwrap();

@@ -71,9 +71,9 @@ impl Touched {
     }
 
     /// Pages that will be read.
-    pub(crate) fn by_reading(pages: Range<u64>) -> Touched {
-        let stretch = Stretch { first: pages.start, count: pages.end - pages.start };
-        Touched { read: vec![stretch], written: Vec::new() }
+    pub(crate) fn by_reading(parts: impl Iterator<Item = Range<u64>>) -> Touched {
+        let stretch = |pages: Range<u64>| Stretch { first: pages.start, count: pages.end - pages.start };
+        Touched { read: parts.map(stretch).collect(), written: Vec::new() }
     }
 
     /// Has the host provide these pages: those that will be written as copies, others as those of the file. A host that

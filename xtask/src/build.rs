@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::support::cache;
 use rvm_tests::support::packages;
 
@@ -135,10 +135,29 @@ fn test_executables(messages: &str) -> Vec<(String, PathBuf)> {
 
 /// Builds everything and installs it below `prefix`, such as `/usr/local`.
 pub fn install_below(prefix: &Path) -> Result<()> {
+    // Before the minutes that the build takes.
+    may_install_below(prefix)?;
     let artefacts = artefacts()?;
     install(&artefacts.join(KERNEL), &prefix.join(KERNEL), 0o644)?;
     for program in PRODUCT {
         install(&artefacts.join(program.installed), &prefix.join(program.installed), 0o755)?;
+    }
+    Ok(())
+}
+
+/// Whether the files can be written. Where they cannot, the error says how.
+fn may_install_below(prefix: &Path) -> Result<()> {
+    for program in PRODUCT {
+        let place = prefix.join(program.installed);
+        let directory = place.parent().unwrap_or(prefix);
+        let tried = fs::create_dir_all(directory).and_then(|()| tempfile::NamedTempFile::new_in(directory));
+        if let Err(error) = tried {
+            bail!(
+                "cannot write to {}: {error}; as root it works: {}",
+                directory.display(),
+                packages::again_as_root()
+            );
+        }
     }
     Ok(())
 }
@@ -226,6 +245,17 @@ fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_install_is_told_who_may() {
+        let folder = tempfile::tempdir().unwrap();
+        may_install_below(folder.path()).unwrap();
+        // No directory can be made below a file, not even by root.
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = may_install_below(&file).unwrap_err().to_string();
+        assert!(error.contains("cannot write to") && error.contains("cargo xtask"), "{error}");
+    }
 
     #[test]
     fn installing_the_same_again_touches_nothing() {

@@ -108,7 +108,7 @@ fn warm_up(container: &Container, log: &Log) {
     if let (Some(warm_up), Some(shape)) = (&container.record.warm_up, container.record.shape)
         && let Err(error) = warm_up.begin(shape, log)
     {
-        log.debug(format!("{}: no template is made: {error}", container.id()));
+        log.warning(format!("no template is made, so containers of this shape boot: {error}"));
     }
 }
 

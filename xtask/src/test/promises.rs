@@ -35,6 +35,21 @@ fn every_story_that_the_docs_name_exists() {
     }
 }
 
+#[test]
+fn rvm_says_what_the_page_about_trouble_quotes() {
+    let page = fs::read_to_string(repository().join("docs/troubleshooting.md")).unwrap();
+    let sources = ["vmm/src/host.rs", "shim/src/install.rs"];
+    let said = sources.map(|path| fs::read_to_string(repository().join(path)).unwrap()).concat();
+    // What somebody sees is in the first column, and begins with it where it is rvm's own words.
+    let quoted =
+        page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |")).map(|(words, _)| words);
+    let quoted: Vec<_> = quoted.filter(|words| !words.starts_with("--")).collect();
+    assert!(quoted.len() >= 4, "{quoted:?}");
+    for words in quoted {
+        assert!(said.contains(words), "rvm does not say {words:?}");
+    }
+}
+
 /// Commands of a shell session: the lines that begin with a prompt.
 fn commands_in(text: &str) -> Vec<&str> {
     text.lines().filter_map(|line| line.strip_prefix("$ ")).collect()
