@@ -3,8 +3,8 @@
 //! A Linux kernel begins by patching its own code to what the processor has: nearly each page of it, and the same each time.
 //! So one machine [records](Text::Recorded) the outcome, and others are [given](Text::Shared) it. What they begin with is
 //! the text as it is loaded, mapped instead of copied. When it comes to patching, their kernel asks at a port (its patch
-//! `boot-host-text`): if what it has by then is byte for byte what the recorded one had, its text is replaced by the patched
-//! one, and it has nothing to patch. Machines share what they do not write to afterwards.
+//! `boot-host-text`): if what it has by then is byte for byte what the recorded one had, and if nothing else differs that decides
+//! how it is patched, its text is replaced by the patched one, and it has nothing to patch. Machines share what they do not write to afterwards.
 //!
 //! A kernel can ask once. By the time that anything of a container runs, it has.
 
@@ -25,12 +25,14 @@ use crate::touched::Touched;
 use crate::{GuestMemory, cpuid, host, image};
 
 /// Offsets of 32-bit ports: the number of the first page of a part of the text; how many pages it has, which names it; and
-/// the question for all of them (read: 1 is yes) or the word that they are patched (write).
+/// the question for all of them (read: 1 is yes) or the word that they are patched (write). By the last one comes a hash of what
+/// else decides how they are patched, its upper half first.
 const FIRST_PAGE: u16 = 0;
 const PAGES: u16 = 4;
 const PATCHED: u16 = 8;
+const HASH: u16 = 12;
 /// How many ports there are.
-pub(crate) const PORTS: u16 = 12;
+pub(crate) const PORTS: u16 = 16;
 
 /// No kernel has more.
 const MAX_LENGTH: u64 = 128 << 20;
@@ -80,6 +82,8 @@ pub enum Text {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TextRecord {
     parts: Parts,
+    /// Of what else decided how it was patched.
+    hash: u64,
     /// What the processor says of itself.
     cpuid: Vec<kvm_cpuid_entry2>,
 }
@@ -150,6 +154,7 @@ impl RecordedText {
 #[derive(Debug)]
 pub struct SharedText {
     parts: Parts,
+    hash: u64,
     /// The length of one version.
     length: u64,
     file: File,
@@ -170,7 +175,7 @@ impl SharedText {
         if file.metadata()?.len() != 3 * length {
             return Err(TextError::Impossible("another length than its file"));
         }
-        Ok(SharedText { parts: record.parts, length, file })
+        Ok(SharedText { parts: record.parts, hash: record.hash, length, file })
     }
 
     /// Has a machine that was not started begin with the text as it is loaded. `image` is where its kernel is.
@@ -216,6 +221,8 @@ struct State {
     /// Where the kernel says that its text is.
     first_page: u32,
     parts: Parts,
+    /// Of what decides how it will patch them.
+    hash: u64,
     offer: Offer,
     /// Memory that was replaced, and that KVM could map at once.
     replaced: Option<Touched>,
@@ -277,7 +284,10 @@ impl TextPort {
         }
         let mut state = self.state();
         let (offer, replaced) = match std::mem::take(&mut state.offer) {
-            Offer::Text { shared, before } => (Offer::Nothing, self.give(&shared, &before, &state.parts)),
+            Offer::Text { shared, before } => {
+                let is_it = shared.hash == state.hash;
+                (Offer::Nothing, is_it.then(|| self.give(&shared, &before, &state.parts)).flatten())
+            }
             Offer::Record { loaded, start } => {
                 (self.begin(&loaded, start, &state.parts).unwrap_or_default(), None)
             }
@@ -297,9 +307,10 @@ impl TextPort {
                 let first = state.first_page;
                 state.parts.add(first, value);
             }
+            HASH => state.hash = state.hash << 32 | u64::from(value),
             PATCHED => {
                 state.offer = match std::mem::take(&mut state.offer) {
-                    Offer::Recording(loaded, before) => self.end(loaded, before, &state.parts),
+                    Offer::Recording(loaded, before) => self.end(loaded, before, &state.parts, state.hash),
                     other => other,
                 };
             }
@@ -345,10 +356,10 @@ impl TextPort {
         Some(Offer::Recording(loaded, self.copy(parts)?))
     }
 
-    fn end(&self, loaded: Vec<u8>, before: Vec<u8>, parts: &Parts) -> Offer {
+    fn end(&self, loaded: Vec<u8>, before: Vec<u8>, parts: &Parts, hash: u64) -> Offer {
         match self.copy(parts).filter(|patched| patched.len() == before.len()) {
             Some(patched) => Offer::Recorded(RecordedText {
-                record: TextRecord { parts: parts.clone(), cpuid: Vec::new() },
+                record: TextRecord { parts: parts.clone(), hash, cpuid: Vec::new() },
                 versions: [loaded, before, patched],
             }),
             None => Offer::Nothing,
@@ -413,6 +424,8 @@ mod tests {
                 self.port.write(FIRST_PAGE, (part.start / PAGE) as u32);
                 self.port.write(PAGES, ((part.end - part.start) / PAGE) as u32);
             }
+            self.port.write(HASH, 0x1234_5678);
+            self.port.write(HASH, 0x9abc_def0);
             self.port.read(PATCHED)
         }
     }
@@ -466,7 +479,12 @@ mod tests {
         assert_eq!([machine.byte(TEXT.start + 5), machine.byte(TEXT.start + 6)], [7, 1]);
         let machine = offered();
         machine.port.write(PAGES, 1);
-        assert_eq!(machine.port.read(PATCHED), 0);
+        assert_eq!(machine.ask(2), 0, "it has another part");
+        let machine = offered();
+        if let Offer::Text { shared, .. } = &mut machine.port.state().offer {
+            shared.hash = 5;
+        }
+        assert_eq!(machine.ask(2), 0, "it would be patched in another way");
     }
 
     #[test]
@@ -483,7 +501,8 @@ mod tests {
         let refused = |parts: &[Range<u64>]| {
             let file = tempfile::tempfile().unwrap();
             RecordedText { record: record.clone(), versions: versions.clone() }.write_to(&file).unwrap();
-            SharedText::of_any(TextRecord { parts: Parts(parts.to_vec()), cpuid: Vec::new() }, file).is_err()
+            let parts = Parts(parts.to_vec());
+            SharedText::of_any(TextRecord { parts, ..record.clone() }, file).is_err()
         };
         assert!(!refused(&[TEXT, INIT]) && !refused(&[INIT, TEXT]));
         for parts in [

@@ -212,9 +212,9 @@ fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Optio
 /// The text of the kernel of a machine that boots, if it is kept and fit to be used.
 fn find_text(setup: &Setup, kernel: &File, log: &Log) -> Option<KeptText> {
     let store = Store::new(setup.texts.as_deref()?);
-    store.text(kernel).unwrap_or_else(|error| {
+    store.text(kernel, setup.shape).unwrap_or_else(|error| {
         // Removing may fail, too. The kernel patches its text for itself.
-        let _ = store.remove_text(kernel);
+        let _ = store.remove_text(kernel, setup.shape);
         log.warning_now(&format!("the kept text of the guest's kernel is dropped: {error}"));
         None
     })

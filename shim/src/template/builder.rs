@@ -43,7 +43,7 @@ pub fn make(
 ) -> Result<Key, TemplateError> {
     let failed = TemplateError::system("cannot look at kernel and agent");
     let key = Key::of(&installation.kernel, &installation.agent, shape, boot::SLOTS).map_err(failed)?;
-    let is_text_known = store.has_text(&installation.kernel);
+    let is_text_known = store.has_text(&installation.kernel, shape);
     if is_text_known && store.find(key).is_ok_and(|found| found.is_some()) {
         return Ok(key);
     }
@@ -76,7 +76,7 @@ pub fn make(
     fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
     if !is_text_known {
-        store.keep_text(lock, &kernel, recorded.as_ref())?;
+        store.keep_text(lock, &kernel, shape, recorded.as_ref())?;
     }
     Ok(key)
 }
@@ -176,7 +176,7 @@ impl WarmUp {
         let key = Key::of(kernel, agent, shape, boot::SLOTS).map_err(failed)?;
         let store = Store::new(&self.folder);
         if shape.memory > MOST_MEMORY
-            || (store.has(key) && store.has_text(kernel))
+            || (store.has(key) && store.has_text(kernel, shape))
             || store.has_failed_lately()
             || store.lock(false)?.is_none()
         {

@@ -12,10 +12,11 @@ use serde::{Deserialize, Serialize};
 use super::key::FileIdentity;
 use super::store::{Entry, Kept, Lock, check_identity, open_entry, remove_folder};
 use super::{Key, Store, TemplateError, file, is_absent};
+use crate::container::shape::Shape;
 
 /// What the folders of texts end with, behind the key of the kernel.
 const SUFFIX: &str = ".text";
-/// Of so many kernels the text is kept.
+/// So many texts are kept.
 const MOST: usize = 4;
 
 #[derive(Serialize, Deserialize)]
@@ -35,8 +36,8 @@ pub struct KeptText {
 
 impl Store {
     /// The text of a kernel. None if there is none; an error if there is one that cannot be used.
-    pub fn text(&self, kernel: &File) -> Result<Option<KeptText>, TemplateError> {
-        let name = name(kernel)?;
+    pub fn text(&self, kernel: &File, shape: Shape) -> Result<Option<KeptText>, TemplateError> {
+        let name = name(kernel, shape)?;
         let Some(store) = self.open()? else { return Ok(None) };
         let found = open_entry(&store, self.path(), &name)?;
         let Some(Entry { kept, mut state, memory }) = found else { return Ok(None) };
@@ -49,8 +50,8 @@ impl Store {
     }
 
     /// Whether it is known what the text of a kernel becomes, be it usable or not.
-    pub(super) fn has_text(&self, kernel: &File) -> bool {
-        name(kernel).is_ok_and(|name| self.has_named(&name))
+    pub(super) fn has_text(&self, kernel: &File, shape: Shape) -> bool {
+        name(kernel, shape).is_ok_and(|name| self.has_named(&name))
     }
 
     /// Keeps the text of a kernel, or that it does not ask for one.
@@ -58,6 +59,7 @@ impl Store {
         &self,
         lock: &Lock,
         kernel: &File,
+        shape: Shape,
         recorded: Option<&RecordedText>,
     ) -> Result<(), TemplateError> {
         let unfinished = self.begin(lock)?;
@@ -66,13 +68,13 @@ impl Store {
         let found = unfinished.memory.metadata().map_err(failed())?;
         let state = State { file: FileIdentity::of(&found), text: recorded.map(|text| text.record.clone()) };
         unfinished.write_state(&file::seal(&state))?;
-        unfinished.finish_as(&name(kernel)?)?;
+        unfinished.finish_as(&name(kernel, shape)?)?;
         self.remove_texts_but(MOST)
     }
 
     /// Removes the text of a kernel, if there is one.
-    pub fn remove_text(&self, kernel: &File) -> Result<(), TemplateError> {
-        self.remove_named(&name(kernel)?)
+    pub fn remove_text(&self, kernel: &File, shape: Shape) -> Result<(), TemplateError> {
+        self.remove_named(&name(kernel, shape)?)
     }
 
     /// Removes texts until there are no more than so many, those first that have not been used for the longest time.
@@ -106,8 +108,8 @@ impl Store {
     }
 }
 
-fn name(kernel: &File) -> Result<String, TemplateError> {
-    let key = Key::of_kernel(kernel).map_err(TemplateError::system("cannot look at the kernel"))?;
+fn name(kernel: &File, shape: Shape) -> Result<String, TemplateError> {
+    let key = Key::of_text(kernel, shape).map_err(TemplateError::system("cannot look at the kernel"))?;
     Ok(format!("{key}{SUFFIX}"))
 }
 
@@ -140,11 +142,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::new(folder.path().join("templates"));
         let kernel = tempfile::tempfile().unwrap();
-        assert!(!store.has_text(&kernel) && store.text(&kernel).unwrap().is_none());
+        let shape = Shape { vcpus: 1, memory: 1 << 30, memory_limit: None };
+        assert!(!store.has_text(&kernel, shape) && store.text(&kernel, shape).unwrap().is_none());
         let lock = store.lock(false).unwrap().unwrap();
-        store.keep_text(&lock, &kernel, None).unwrap();
-        assert!(store.has_text(&kernel) && store.text(&kernel).unwrap().is_none());
-        store.remove_text(&kernel).unwrap();
-        assert!(!store.has_text(&kernel));
+        store.keep_text(&lock, &kernel, shape, None).unwrap();
+        assert!(store.has_text(&kernel, shape) && store.text(&kernel, shape).unwrap().is_none());
+        store.remove_text(&kernel, shape).unwrap();
+        assert!(!store.has_text(&kernel, shape));
     }
 }
