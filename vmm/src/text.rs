@@ -38,6 +38,8 @@ pub(crate) const PORTS: u16 = 16;
 const MAX_LENGTH: u64 = 128 << 20;
 /// Nor in more parts: what stays, and what is freed after the start.
 const MAX_PARTS: usize = 4;
+/// A huge page of the host.
+const HUGE: u64 = 2 << 20;
 /// Bytes that are compared at a time, on the stack of a vCPU.
 const CHUNK: usize = 16 << 10;
 
@@ -84,6 +86,8 @@ pub struct TextRecord {
     parts: Parts,
     /// Of what else decided how it was patched.
     hash: u64,
+    /// Which pages the kernel writes to before it asks, and afterwards.
+    written: [Vec<Range<u64>>; 2],
     /// What the processor says of itself.
     cpuid: Vec<kvm_cpuid_entry2>,
 }
@@ -113,6 +117,25 @@ impl Parts {
         }
         let is_possible = sum <= MAX_LENGTH && (1..=MAX_PARTS).contains(&self.0.len());
         is_possible.then_some(sum).ok_or(TextError::Impossible("a length that no kernel has"))
+    }
+
+    /// The pages in which two versions differ.
+    fn differing(&self, left: &[u8], right: &[u8]) -> Vec<Range<u64>> {
+        let mut found: Vec<Range<u64>> = Vec::new();
+        for (part, place) in self.placed() {
+            for page in part.start / PAGE..part.end / PAGE {
+                let at = (place + page * PAGE - part.start) as usize;
+                let bytes = at..at + PAGE as usize;
+                if left.get(bytes.clone()) == right.get(bytes) {
+                    continue;
+                }
+                match found.last_mut().filter(|last| last.end == page) {
+                    Some(last) => last.end += 1,
+                    None => found.push(page..page + 1),
+                }
+            }
+        }
+        found
     }
 
     /// Each part, and where it begins if they are put behind one another.
@@ -153,8 +176,7 @@ impl RecordedText {
 /// A text in a file, for this host's processor.
 #[derive(Debug)]
 pub struct SharedText {
-    parts: Parts,
-    hash: u64,
+    record: TextRecord,
     /// The length of one version.
     length: u64,
     file: File,
@@ -175,22 +197,25 @@ impl SharedText {
         if file.metadata()?.len() != 3 * length {
             return Err(TextError::Impossible("another length than its file"));
         }
-        Ok(SharedText { parts: record.parts, hash: record.hash, length, file })
+        Ok(SharedText { record, length, file })
     }
 
     /// Has a machine that was not started begin with the text as it is loaded. `image` is where its kernel is.
     pub(crate) fn load(&self, memory: &GuestMemory, image: &Range<u64>) -> Result<Touched, TextError> {
-        if self.parts.0.iter().any(|part| part.start < image.start || part.end > image.end) {
+        if self.record.parts.0.iter().any(|part| part.start < image.start || part.end > image.end) {
             return Err(TextError::Impossible("another place than the kernel"));
         }
-        self.map(memory, 0)
+        self.map(memory, 0, &self.record.written[0])
     }
 
-    fn map(&self, memory: &GuestMemory, version: u64) -> Result<Touched, TextError> {
-        for (part, place) in self.parts.placed() {
+    fn map(&self, memory: &GuestMemory, version: u64, written: &[Range<u64>]) -> Result<Touched, TextError> {
+        for (part, place) in self.record.parts.placed() {
             image::map_range(memory, &self.file, version * self.length + place, part.clone())?;
         }
-        let pages = Touched::by_reading(self.parts.0.iter().map(|part| part.start / PAGE..part.end / PAGE));
+        // Around a part there are no huge pages any more.
+        let around =
+            |part: &Range<u64>| part.start / HUGE * HUGE / PAGE..part.end.div_ceil(HUGE) * HUGE / PAGE;
+        let pages = Touched::expected(self.record.parts.0.iter().map(around), written);
         pages.provide(memory);
         Ok(pages)
     }
@@ -269,7 +294,13 @@ impl TextPort {
     pub(crate) fn take_recorded(&self) -> Option<RecordedText> {
         let mut state = self.state();
         match std::mem::take(&mut state.offer) {
-            Offer::Recorded(text) => Some(text),
+            Offer::Recorded(mut text) => {
+                let now = self.copy(&text.record.parts)?;
+                let [loaded, before, patched] = &text.versions;
+                let parts = &text.record.parts;
+                text.record.written = [parts.differing(loaded, before), parts.differing(patched, &now)];
+                Some(text)
+            }
             other => {
                 state.offer = other;
                 None
@@ -285,7 +316,7 @@ impl TextPort {
         let mut state = self.state();
         let (offer, replaced) = match std::mem::take(&mut state.offer) {
             Offer::Text { shared, before } => {
-                let is_it = shared.hash == state.hash;
+                let is_it = shared.record.hash == state.hash;
                 (Offer::Nothing, is_it.then(|| self.give(&shared, &before, &state.parts)).flatten())
             }
             Offer::Record { loaded, start } => {
@@ -328,9 +359,9 @@ impl TextPort {
     /// Replaces the text, if it is what it should be. One vCPU alone runs by then; a kernel that has others write to it
     /// meanwhile harms itself.
     fn give(&self, shared: &SharedText, before: &MmapRegion, parts: &Parts) -> Option<Touched> {
-        let is_it =
-            *parts == shared.parts && parts.placed().all(|(part, place)| self.has(part, before, place));
-        is_it.then(|| shared.map(&self.memory, 2).ok()).flatten()
+        let is_it = *parts == shared.record.parts
+            && parts.placed().all(|(part, place)| self.has(part, before, place));
+        is_it.then(|| shared.map(&self.memory, 2, &shared.record.written[1]).ok()).flatten()
     }
 
     /// Whether a part is what it is expected to be, which lies at `place`.
@@ -359,7 +390,12 @@ impl TextPort {
     fn end(&self, loaded: Vec<u8>, before: Vec<u8>, parts: &Parts, hash: u64) -> Offer {
         match self.copy(parts).filter(|patched| patched.len() == before.len()) {
             Some(patched) => Offer::Recorded(RecordedText {
-                record: TextRecord { parts: parts.clone(), hash, cpuid: Vec::new() },
+                record: TextRecord {
+                    parts: parts.clone(),
+                    hash,
+                    written: Default::default(),
+                    cpuid: Vec::new(),
+                },
                 versions: [loaded, before, patched],
             }),
             None => Offer::Nothing,
@@ -438,7 +474,11 @@ mod tests {
         machine.write(TEXT, 3);
         machine.write(INIT, 5);
         machine.port.write(PATCHED, 1);
-        machine.port.take_recorded().unwrap()
+        machine.write(TEXT.end - 1..TEXT.end, 4);
+        let recorded = machine.port.take_recorded().unwrap();
+        let page = |address| address / PAGE..address / PAGE + 1;
+        assert_eq!(recorded.record.written, [vec![page(TEXT.start)], vec![page(TEXT.end - 1)]]);
+        recorded
     }
 
     fn shared(recorded: &RecordedText) -> SharedText {
@@ -482,7 +522,7 @@ mod tests {
         assert_eq!(machine.ask(2), 0, "it has another part");
         let machine = offered();
         if let Offer::Text { shared, .. } = &mut machine.port.state().offer {
-            shared.hash = 5;
+            shared.record.hash = 5;
         }
         assert_eq!(machine.ask(2), 0, "it would be patched in another way");
     }

@@ -70,10 +70,11 @@ impl Touched {
         }
     }
 
-    /// Pages that will be read.
-    pub(crate) fn by_reading(parts: impl Iterator<Item = Range<u64>>) -> Touched {
-        let stretch = |pages: Range<u64>| Stretch { first: pages.start, count: pages.end - pages.start };
-        Touched { read: parts.map(stretch).collect(), written: Vec::new() }
+    /// Pages that will be read, and among them such as will be written.
+    pub(crate) fn expected(read: impl Iterator<Item = Range<u64>>, written: &[Range<u64>]) -> Touched {
+        let stretch =
+            |pages: Range<u64>| Stretch { first: pages.start, count: pages.end.saturating_sub(pages.start) };
+        Touched { read: read.map(stretch).collect(), written: written.iter().cloned().map(stretch).collect() }
     }
 
     /// Has the host provide these pages: those that will be written as copies, others as those of the file. A host that
