@@ -24,7 +24,7 @@ const COUNT: &str = include_str!("../counts/count");
 /// host's memory is in one piece there are fewer exits, 360 with a template and 75 of an `exec`.
 const BOUNDS: &[(&str, &str, u64)] = &[
     ("cold", "exits", 1_100),
-    ("cold", "faults", 1_030),
+    ("cold", "faults", 2_750),
     ("cold", "bytesRead", 26_000_000),
     ("template", "exits", 710),
     ("template", "faults", 3_600),
