@@ -5,12 +5,13 @@ use anyhow::{Context, Result, ensure};
 
 use super::{folder, path};
 use crate::Story;
-use crate::beside_runc::{same, told};
+use crate::beside_runc::{Docker, same, told};
 use crate::command::{docker, docker_start, kvm_figure, rvm, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("what_has_not_changed_is_not_asked_for", what_has_not_changed_is_not_asked_for),
     ("each_change_is_read", each_change_is_read),
+    ("access_times_are_left_alone_for_who_asks", access_times_are_left_alone_for_who_asks),
 ];
 
 /// How many files are read.
@@ -108,4 +109,41 @@ fn each_change_is_read() -> Result<()> {
         ensure!(shown.contains("939"), "the program saw too little: {shown}");
         Ok(shown)
     })
+}
+
+/// Reads a file as programs for backups do, and one as all others do.
+const READ_QUIETLY: &str = "
+import os
+for name, flags in [('quiet', os.O_NOATIME), ('loud', 0)]:
+    os.stat(name)
+    file = os.open(name, os.O_RDONLY | flags)
+    os.read(file, 100)
+    os.close(file)
+";
+
+fn access_times_are_left_alone_for_who_asks() -> Result<()> {
+    same(|docker_with| {
+        let folder = folder()?;
+        let host = path(folder.path());
+        // The host's disk is mounted without access times.
+        shell(&format!("mount -t tmpfs -o relatime,mode=755 e2e-tmpfs {host}"))?.expect_code(0)?;
+        let shown = times_after_reading(docker_with, &host);
+        shell(&format!("umount {host}"))?.expect_code(0)?;
+        shown
+    })
+}
+
+fn times_after_reading(docker_with: &Docker, host: &str) -> Result<String> {
+    // Before the last change, so that any reading is noted.
+    shell(&format!(
+        "cd {host} && for name in quiet loud; do echo x >$name && touch -a -d @1000 $name; done"
+    ))?
+    .expect_code(0)?;
+    let volume = format!("{host}:/volume");
+    docker_with
+        .run(&["-v", &volume, "-w", "/volume", "debian", "python3", "-c", READ_QUIETLY])?
+        .expect_code(0)?;
+    let shown = shell(&format!("cd {host} && stat -c '%n %X' quiet loud"))?.expect_code(0)?.text();
+    ensure!(shown.contains("quiet 1000") && !shown.contains("loud 1000"), "{shown}");
+    Ok(shown.replace(|letter: char| letter.is_ascii_digit(), ""))
 }
