@@ -91,6 +91,11 @@ impl Templates {
     }
 }
 
+/// Has a container's machine boot in any case.
+fn never_goes_on(config: &mut serde_json::Value) {
+    config["annotations"] = json!({ "dev.rvm.template": "off" });
+}
+
 fn ensure_says(outcome: &Outcome, words: &str) -> Result<()> {
     let said = outcome.error_text();
     ensure!(said.contains(words), "it does not say {words:?}: {said}");
@@ -216,8 +221,7 @@ fn a_folder_that_cannot_be_made_is_told() -> Result<()> {
 fn templates_can_be_switched_off() -> Result<()> {
     let templates = Templates::new()?;
     templates.make()?;
-    let off = |config: &mut serde_json::Value| config["annotations"] = json!({ "dev.rvm.template": "off" });
-    ensure_says(&templates.run(&Bundle::new(&["true"])?.edit(off)?)?, BOOTED)?;
+    ensure_says(&templates.run(&Bundle::new(&["true"])?.edit(never_goes_on)?)?, BOOTED)?;
     let bundle = Bundle::new(&["true"])?;
     let mut command = templates.command(&["run", "--timeline", "--bundle", bundle.path(), "story"]);
     command.env("RVM_TEMPLATES", "off");

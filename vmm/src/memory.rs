@@ -19,7 +19,7 @@ pub const MIN_MEMORY: u64 = 16 << 20;
 pub const MAX_MEMORY: u64 = 16 << 40;
 const MIB: u64 = 1 << 20;
 /// A huge page of the host.
-const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 /// Usually the second fits.
 const ALIGNMENT_ATTEMPTS: usize = 8;
 

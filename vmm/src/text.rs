@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion, VolatileMemory, VolatileMemoryError};
 
+use crate::memory::HUGE_PAGE;
 use crate::pagemap::PAGE;
 use crate::touched::Touched;
 use crate::{GuestMemory, cpuid, host, image};
@@ -39,8 +40,6 @@ pub(crate) const PORTS: u16 = 16;
 const MAX_LENGTH: u64 = 128 << 20;
 /// Nor in more parts: what stays, and what is freed after the start.
 const MAX_PARTS: usize = 4;
-/// A huge page of the host.
-const HUGE: u64 = 2 << 20;
 /// Bytes that are compared at a time, on the stack of a vCPU.
 const CHUNK: usize = 16 << 10;
 
@@ -159,12 +158,6 @@ pub struct RecordedText {
 }
 
 impl RecordedText {
-    /// The same, of a machine that ran on this host.
-    pub(crate) fn on_this_host(mut self) -> Result<RecordedText, TextError> {
-        self.record.cpuid = present()?;
-        Ok(self)
-    }
-
     /// Writes all of it to an empty file.
     pub fn write_to(&self, file: &File) -> io::Result<()> {
         self.versions
@@ -214,8 +207,9 @@ impl SharedText {
             image::map_range(memory, &self.file, version * self.length + place, part.clone())?;
         }
         // Around a part there are no huge pages any more.
+        let huge = HUGE_PAGE as u64;
         let around =
-            |part: &Range<u64>| part.start / HUGE * HUGE / PAGE..part.end.div_ceil(HUGE) * HUGE / PAGE;
+            |part: &Range<u64>| part.start / huge * huge / PAGE..part.end.div_ceil(huge) * huge / PAGE;
         let pages = Touched::expected(self.record.parts.0.iter().map(around), written);
         pages.provide(memory);
         Ok(pages)
@@ -230,7 +224,7 @@ impl SharedText {
 }
 
 /// What this host's processor says of itself.
-fn present() -> Result<Vec<kvm_cpuid_entry2>, TextError> {
+pub(crate) fn present() -> Result<Vec<kvm_cpuid_entry2>, TextError> {
     let kvm = host::open_kvm()?;
     Ok(cpuid::supported(&kvm).map_err(TextError::Features)?.as_slice().to_vec())
 }
@@ -264,8 +258,8 @@ enum Offer {
     Record { loaded: Vec<u8>, start: u64 },
     /// The kernel is about to patch its text.
     Recording(Vec<u8>, Vec<u8>),
-    /// It has.
-    Recorded(RecordedText),
+    /// It has: the parts, the hash, and their three versions.
+    Recorded(Parts, u64, [Vec<u8>; 3]),
 }
 
 impl TextPort {
@@ -291,16 +285,15 @@ impl TextPort {
         }
     }
 
-    /// What was recorded, if the kernel has asked, and has said that it was done. Of the processor it knows nothing yet.
-    pub(crate) fn take_recorded(&self) -> Option<RecordedText> {
+    /// What was recorded, if the kernel has asked, and has said that it was done. `cpuid` is what this host's processor says.
+    pub(crate) fn take_recorded(&self, cpuid: Vec<kvm_cpuid_entry2>) -> Option<RecordedText> {
         let mut state = self.state();
         match std::mem::take(&mut state.offer) {
-            Offer::Recorded(mut text) => {
-                let now = self.copy(&text.record.parts)?;
-                let [loaded, before, patched] = &text.versions;
-                let parts = &text.record.parts;
-                text.record.written = [parts.differing(loaded, before), parts.differing(patched, &now)];
-                Some(text)
+            Offer::Recorded(parts, hash, versions) => {
+                let now = self.copy(&parts)?;
+                let [loaded, before, patched] = &versions;
+                let written = [parts.differing(loaded, before), parts.differing(patched, &now)];
+                Some(RecordedText { record: TextRecord { parts, hash, written, cpuid }, versions })
             }
             other => {
                 state.offer = other;
@@ -390,15 +383,7 @@ impl TextPort {
 
     fn end(&self, loaded: Vec<u8>, before: Vec<u8>, parts: &Parts, hash: u64) -> Offer {
         match self.copy(parts).filter(|patched| patched.len() == before.len()) {
-            Some(patched) => Offer::Recorded(RecordedText {
-                record: TextRecord {
-                    parts: parts.clone(),
-                    hash,
-                    written: Default::default(),
-                    cpuid: Vec::new(),
-                },
-                versions: [loaded, before, patched],
-            }),
+            Some(patched) => Offer::Recorded(parts.clone(), hash, [loaded, before, patched]),
             None => Offer::Nothing,
         }
     }

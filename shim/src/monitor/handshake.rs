@@ -62,10 +62,10 @@ pub struct Setup {
     pub seccomp: Option<SeccompProgram>,
     /// The machine's size.
     pub shape: Shape,
-    /// Where a template for the machine may be, if it may go on from one.
+    /// Where templates are, and the texts of guests' kernels.
     pub templates: Option<PathBuf>,
-    /// The same folder, in which the text of the guest's kernel is, also for a machine that is to boot.
-    pub texts: Option<PathBuf>,
+    /// Whether the machine may go on from a template.
+    pub may_go_on: bool,
     /// The host's block devices that become the guest's disks.
     pub disks: Vec<HostDisk>,
     /// What the container's network is limited to.

@@ -199,7 +199,7 @@ fn receive_setup(socket: &OwnedFd) -> Result<(Box<Setup>, Inherited), MonitorErr
 
 /// The template for a machine, if there is one and it is fit to be used.
 fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Option<Template> {
-    let store = Store::new(setup.templates.as_deref()?);
+    let store = Store::new(setup.templates.as_deref().filter(|_| setup.may_go_on)?);
     let key = Key::of(kernel, agent, setup.shape, boot::SLOTS).ok()?;
     store.find(key).unwrap_or_else(|error| {
         // Removing may fail, too. The machine boots all the same.
@@ -211,7 +211,7 @@ fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Optio
 
 /// The text of the kernel of a machine that boots, if it is kept and fit to be used.
 fn find_text(setup: &Setup, kernel: &File, log: &Log) -> Option<KeptText> {
-    let store = Store::new(setup.texts.as_deref()?);
+    let store = Store::new(setup.templates.as_deref()?);
     store.text(kernel, setup.shape).unwrap_or_else(|error| {
         // Removing may fail, too. The kernel patches its text for itself.
         let _ = store.remove_text(kernel, setup.shape);

@@ -160,11 +160,6 @@ impl WarmUp {
         Ok(WarmUp { folder, kernel: path(&installation.kernel)?, agent: path(&installation.agent)? })
     }
 
-    /// The folder of all templates.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// Starts a process that makes the template for a shape, if there is none and nobody is at it. Nothing waits for it.
     pub fn begin(&self, shape: Shape, log: &Log) -> Result<(), TemplateError> {
         let open = |path: &Path| {

@@ -25,7 +25,7 @@ const MAX_LENGTH: u64 = 8 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
     /// The file of the machine's memory, as it was when the state was written.
-    memory: FileIdentity,
+    pub(super) memory: FileIdentity,
     /// The machine's state.
     machine: Vec<u8>,
     /// What a guest touches of its memory until its container runs.
@@ -47,11 +47,6 @@ impl Record {
     /// The machine's state.
     pub fn machine(&self) -> Result<MachineState, TemplateError> {
         Ok(MachineState::from_bytes(&self.machine)?)
-    }
-
-    /// Whether a file is the one that the memory was written to, and has not been touched since.
-    pub(super) fn is_of(&self, memory: &FileIdentity) -> bool {
-        self.memory == *memory
     }
 }
 

@@ -45,7 +45,7 @@ struct Parts<'a> {
     version: u32,
     /// What this program was built of.
     commit: &'a str,
-    /// This program, the guest's kernel, and its agent, with the file systems they are on.
+    /// This program, the guest's kernel, and its agent if it matters, with the file systems they are on.
     files: Vec<(u64, FileIdentity)>,
     vcpus: u8,
     memory: u64,
@@ -57,35 +57,31 @@ struct Parts<'a> {
 impl Key {
     /// The name of the template for such a machine.
     pub fn of(kernel: &File, agent: &File, shape: Shape, slots: u8) -> io::Result<Key> {
-        let files = [fs::metadata("/proc/self/exe")?, kernel.metadata()?, agent.metadata()?];
-        Key::of_parts(&Parts {
-            version: VERSION,
-            commit: env!("RVM_COMMIT"),
-            files: files.iter().map(identify).collect(),
-            vcpus: shape.vcpus,
-            memory: shape.memory,
-            slots,
-            host: host()?,
-        })
+        Key::of_machine(&[kernel, agent], shape.vcpus, shape.memory, slots)
     }
 
     /// The name of a kernel's text, which is the same in machines of all shapes, but for one thing: with several processors the
     /// kernel takes its locks in another way.
     pub fn of_text(kernel: &File, shape: Shape) -> io::Result<Key> {
-        let files = [fs::metadata("/proc/self/exe")?, kernel.metadata()?];
-        Key::of_parts(&Parts {
-            version: VERSION,
-            commit: env!("RVM_COMMIT"),
-            files: files.iter().map(identify).collect(),
-            vcpus: shape.vcpus.min(2),
-            memory: 0,
-            slots: 0,
-            host: host()?,
-        })
+        Key::of_machine(&[kernel], shape.vcpus.min(2), 0, 0)
     }
 
-    fn of_parts(parts: &Parts<'_>) -> io::Result<Key> {
-        let bytes = postcard::to_stdvec(parts).map_err(io::Error::other)?;
+    fn of_machine(files: &[&File], vcpus: u8, memory: u64, slots: u8) -> io::Result<Key> {
+        let mut identities = vec![identify(&fs::metadata("/proc/self/exe")?)];
+        for file in files {
+            identities.push(identify(&file.metadata()?));
+        }
+        let host = nix::sys::utsname::uname()?;
+        let parts = Parts {
+            version: VERSION,
+            commit: env!("RVM_COMMIT"),
+            files: identities,
+            vcpus,
+            memory,
+            slots,
+            host: [host.release(), host.version()].map(|part| part.to_string_lossy().into_owned()),
+        };
+        let bytes = postcard::to_stdvec(&parts).map_err(io::Error::other)?;
         let digest = Sha256::digest(&bytes);
         let mut key = [0; LENGTH];
         key.copy_from_slice(&digest[..LENGTH]);
@@ -95,11 +91,6 @@ impl Key {
 
 fn identify(metadata: &Metadata) -> (u64, FileIdentity) {
     (metadata.dev(), FileIdentity::of(metadata))
-}
-
-fn host() -> io::Result<[String; 2]> {
-    let host = nix::sys::utsname::uname()?;
-    Ok([host.release(), host.version()].map(|part| part.to_string_lossy().into_owned()))
 }
 
 impl fmt::Display for Key {

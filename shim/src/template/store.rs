@@ -127,11 +127,7 @@ impl Store {
     /// All templates, by their keys.
     pub fn list(&self) -> Result<Vec<Listed>, TemplateError> {
         let Some(store) = self.open()? else { return Ok(Vec::new()) };
-        let entries = fs::read_dir(&self.path);
-        let entries =
-            entries.map_err(TemplateError::system(format!("cannot list {}", self.path.display())))?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let mut keys: Vec<Key> = names.filter_map(|name| name.parse().ok()).collect();
+        let mut keys: Vec<Key> = self.names()?.filter_map(|name| name.parse().ok()).collect();
         keys.sort();
         Ok(keys.into_iter().filter_map(|key| self.describe(&store, key)).collect())
     }
@@ -149,12 +145,27 @@ impl Store {
         Some(Listed { key, size, created: made.unwrap_or(used), used, shape })
     }
 
+    /// The names of all that is in the folder, which has to be there.
+    pub(super) fn names(&self) -> Result<impl Iterator<Item = String>, TemplateError> {
+        let entries = fs::read_dir(&self.path)
+            .map_err(TemplateError::system(format!("cannot list {}", self.path.display())))?;
+        Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()))
+    }
+
     /// Removes a template. Machines that went on from it keep what they use.
     pub fn remove(&self, key: Key) -> Result<(), TemplateError> {
-        let path = self.path.join(key.to_string());
+        match self.remove_named(&key.to_string())? {
+            true => Ok(()),
+            false => Err(TemplateError::Absent(key.to_string())),
+        }
+    }
+
+    /// Removes a folder, and tells whether there was one.
+    pub(super) fn remove_named(&self, name: &str) -> Result<bool, TemplateError> {
+        let path = self.path.join(name);
         match remove_folder(&path) {
-            Ok(()) => Ok(()),
-            Err(error) if is_absent(&error) => Err(TemplateError::Absent(key.to_string())),
+            Ok(()) => Ok(true),
+            Err(error) if is_absent(&error) => Ok(false),
             Err(error) => Err(TemplateError::system(format!("cannot remove {}", path.display()))(error)),
         }
     }
@@ -310,7 +321,7 @@ impl Drop for Unfinished {
 fn open_template(store: &File, path: &Path, name: &str) -> Result<Option<Template>, TemplateError> {
     let Some(Entry { kept, mut state, memory }) = open_entry(store, path, name)? else { return Ok(None) };
     let record: Record = file::read(&mut state)?;
-    check_identity(&memory, &path.join(name), |found| record.is_of(found))?;
+    check_identity(&memory, &path.join(name), &record.memory)?;
     Ok(Some(Template { record, memory, kept }))
 }
 
@@ -341,10 +352,10 @@ pub(super) fn open_entry(store: &File, path: &Path, name: &str) -> Result<Option
 pub(super) fn check_identity(
     memory: &File,
     path: &Path,
-    is_it: impl FnOnce(&FileIdentity) -> bool,
+    expected: &FileIdentity,
 ) -> Result<(), TemplateError> {
     let found = memory.metadata().map_err(TemplateError::system("cannot look at its memory"))?;
-    match is_it(&FileIdentity::of(&found)) {
+    match FileIdentity::of(&found) == *expected {
         true => Ok(()),
         false => Err(TemplateError::unfit(path.join(MEMORY), "it has been changed or copied")),
     }
@@ -389,7 +400,7 @@ fn new_file(path: &Path) -> io::Result<File> {
 }
 
 /// Removes the folder of a template: the state first, so that a half of it is none.
-pub(super) fn remove_folder(path: &Path) -> io::Result<()> {
+fn remove_folder(path: &Path) -> io::Result<()> {
     if !fs::symlink_metadata(path)?.is_dir() {
         return fs::remove_file(path);
     }

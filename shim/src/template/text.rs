@@ -3,15 +3,15 @@
 //! It is kept in the store beside the templates, and trusted as they are. A kernel that does not ask for its text has an entry
 //! all the same, which says so.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::time::SystemTime;
 
 use rvm_vmm::{RecordedText, SharedText, TextRecord};
 use serde::{Deserialize, Serialize};
 
 use super::key::FileIdentity;
-use super::store::{Entry, Kept, Lock, check_identity, open_entry, remove_folder};
-use super::{Key, Store, TemplateError, file, is_absent};
+use super::store::{Entry, Kept, Lock, check_identity, open_entry};
+use super::{Key, Store, TemplateError, file};
 use crate::container::shape::Shape;
 
 /// What the folders of texts end with, behind the key of the kernel.
@@ -42,7 +42,7 @@ impl Store {
         let found = open_entry(&store, self.path(), &name)?;
         let Some(Entry { kept, mut state, memory }) = found else { return Ok(None) };
         let State { file, text } = file::read(&mut state)?;
-        check_identity(&memory, &self.path().join(&name), |found| file == *found)?;
+        check_identity(&memory, &self.path().join(&name), &file)?;
         // Those that were not used for the longest time go first.
         kept.touch();
         let Some(text) = text else { return Ok(None) };
@@ -74,37 +74,22 @@ impl Store {
 
     /// Removes the text of a kernel, if there is one.
     pub fn remove_text(&self, kernel: &File, shape: Shape) -> Result<(), TemplateError> {
-        self.remove_named(&name(kernel, shape)?)
+        self.remove_named(&name(kernel, shape)?).map(drop)
     }
 
     /// Removes texts until there are no more than so many, those first that have not been used for the longest time.
     pub fn remove_texts_but(&self, most: usize) -> Result<(), TemplateError> {
-        let entries = match fs::read_dir(self.path()) {
-            Ok(entries) => entries,
-            Err(error) if is_absent(&error) => return Ok(()),
-            Err(error) => {
-                return Err(TemplateError::system(format!("cannot list {}", self.path().display()))(error));
-            }
-        };
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        if !self.path().exists() {
+            return Ok(());
+        }
         let used = |name: String| {
             let used = self.path().join(&name).symlink_metadata().and_then(|found| found.modified());
             (used.unwrap_or(SystemTime::UNIX_EPOCH), name)
         };
-        let mut texts: Vec<_> = names.filter(|name| name.ends_with(SUFFIX)).map(used).collect();
+        let mut texts: Vec<_> = self.names()?.filter(|name| name.ends_with(SUFFIX)).map(used).collect();
         texts.sort_unstable();
         let surplus = texts.len().saturating_sub(most);
-        texts[..surplus].iter().try_for_each(|(_, name)| self.remove_named(name))
-    }
-
-    fn remove_named(&self, name: &str) -> Result<(), TemplateError> {
-        let path = self.path().join(name);
-        match remove_folder(&path) {
-            Err(error) if !is_absent(&error) => {
-                Err(TemplateError::system(format!("cannot remove {}", path.display()))(error))
-            }
-            _ => Ok(()),
-        }
+        texts[..surplus].iter().try_for_each(|(_, name)| self.remove_named(name).map(drop))
     }
 }
 
@@ -115,6 +100,7 @@ fn name(kernel: &File, shape: Shape) -> Result<String, TemplateError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::time::Duration;
 
     use super::*;

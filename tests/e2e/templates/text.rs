@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{BOOTED, Templates, ensure_says};
+use super::{BOOTED, Templates, ensure_says, never_goes_on};
 use crate::Story;
 use crate::bundle::Bundle;
 use crate::command::{Outcome, eventually, rvm, shell};
@@ -32,10 +32,6 @@ impl Templates {
         let bundle = Bundle::new(&["uname", "-s"])?.edit(never_goes_on)?;
         self.rvm(&["--log", log, "run", "--timeline", "--bundle", bundle.path(), "story"])
     }
-}
-
-fn never_goes_on(config: &mut serde_json::Value) {
-    config["annotations"] = serde_json::json!({ "dev.rvm.template": "off" });
 }
 
 fn what_boots_has_the_text_of_an_earlier_boot() -> Result<()> {

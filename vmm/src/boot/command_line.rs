@@ -27,8 +27,8 @@ const BASE: [&str; 10] = [
     "tsc=nowatchdog",
 ];
 
-/// The command line for a machine with so many slots.
-pub(super) fn build(slots: u8, extra: &str) -> Result<Cmdline, BootError> {
+/// The command line for a machine with so many slots, whose kernel may be one that is to ask for its text.
+pub(super) fn build(slots: u8, asks_for_text: bool, extra: &str) -> Result<Cmdline, BootError> {
     let mut command_line = Cmdline::new(layout::COMMAND_LINE_SIZE).map_err(BootError::CommandLine)?;
     for word in BASE {
         command_line.insert_str(word).map_err(BootError::CommandLine)?;
@@ -43,6 +43,10 @@ pub(super) fn build(slots: u8, extra: &str) -> Result<Cmdline, BootError> {
             )
             .map_err(BootError::CommandLine)?;
     }
+    if asks_for_text {
+        let word = format!("host_text={:#x}", layout::TEXT_PORT);
+        command_line.insert_str(word).map_err(BootError::CommandLine)?;
+    }
     command_line.insert_str(extra).map_err(BootError::CommandLine)?;
     Ok(command_line)
 }
@@ -52,7 +56,7 @@ mod tests {
     use super::*;
 
     fn text(slots: u8, extra: &str) -> String {
-        build(slots, extra).unwrap().as_cstring().unwrap().into_string().unwrap()
+        build(slots, false, extra).unwrap().as_cstring().unwrap().into_string().unwrap()
     }
 
     #[test]
@@ -64,14 +68,20 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_is_to_ask_for_its_text_is_told_where() {
+        let told = build(0, true, "debug").unwrap().as_cstring().unwrap().into_string().unwrap();
+        assert!(told.ends_with(" host_text=0x5e0 debug"), "{told}");
+    }
+
+    #[test]
     fn all_slots_leave_room_for_more() {
         assert!(text(layout::MAX_SLOTS, "").len() < layout::COMMAND_LINE_SIZE / 2);
     }
 
     #[test]
     fn what_a_kernel_cannot_take_is_refused() {
-        assert!(matches!(build(0, &"x".repeat(2048)), Err(BootError::CommandLine(_))));
-        assert!(matches!(build(0, "nul\0"), Err(BootError::CommandLine(_))));
-        assert!(matches!(build(0, "über"), Err(BootError::CommandLine(_))));
+        assert!(matches!(build(0, false, &"x".repeat(2048)), Err(BootError::CommandLine(_))));
+        assert!(matches!(build(0, false, "nul\0"), Err(BootError::CommandLine(_))));
+        assert!(matches!(build(0, false, "über"), Err(BootError::CommandLine(_))));
     }
 }

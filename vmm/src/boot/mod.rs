@@ -64,6 +64,8 @@ pub(crate) struct Boot<'a> {
     pub(crate) initramfs: &'a [u8],
     /// To be added to the command line.
     pub(crate) command_line: &'a str,
+    /// The kernel is to ask for its text, see [`crate::text`].
+    pub(crate) asks_for_text: bool,
     pub(crate) vcpus: u8,
     pub(crate) slots: u8,
 }
@@ -82,7 +84,7 @@ pub(crate) fn load(memory: &GuestMemory, boot: Boot<'_>) -> Result<Loaded, BootE
     let initramfs = kernel::place_initramfs(memory, &kernel, boot.initramfs.len() as u64)?;
     memory.write_slice(boot.initramfs, initramfs)?;
 
-    let command_line = command_line::build(boot.slots, boot.command_line)?;
+    let command_line = command_line::build(boot.slots, boot.asks_for_text, boot.command_line)?;
     linux_loader::loader::load_cmdline(&**memory, layout::COMMAND_LINE, &command_line)?;
 
     let params = params::build(memory, &kernel, initramfs, boot.initramfs.len() as u64);

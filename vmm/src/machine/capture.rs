@@ -222,11 +222,7 @@ impl Machine {
         let (kvm, _) = host::open_kvm_for_kernels().map_err(MachineError::from)?;
         let machine = Machine::restore_on(&kvm, state, file)?;
         soon.provide(&machine.memory);
-        if let Processors::Waiting(vcpus) = &*machine.processors()
-            && let Some(first) = vcpus.first()
-        {
-            soon.map(&machine.memory, first.fd());
-        }
+        machine.map_at_once(soon);
         machine.lock_timeline().kernel_is_loaded();
         Ok(machine)
     }

@@ -3,7 +3,6 @@
 mod capture;
 mod timeline;
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
@@ -32,7 +31,7 @@ pub use crate::layout::MAX_SLOTS;
 use crate::memory;
 pub use crate::memory::MemoryError;
 use crate::serial::{Registers, SerialPort};
-use crate::text::{RecordedText, Text, TextError, TextPort};
+use crate::text::{self, RecordedText, Text, TextError, TextPort};
 pub use crate::touched::Touched;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
@@ -155,14 +154,11 @@ impl Machine {
         let (kvm, _) = host::open_kvm_for_kernels()?;
         let machine = Machine::without_kernel(&kvm, config.vcpus, config.memory, config.slots)?;
         let mut kernel = config.kernel;
-        let mut command_line = config.command_line;
-        if !matches!(config.text, Text::Own) {
-            let _ = write!(command_line, " host_text={:#x}", layout::TEXT_PORT);
-        }
         let image = machine.load(Boot {
             kernel: &mut kernel,
             initramfs: &config.initramfs,
-            command_line: command_line.trim_start(),
+            command_line: &config.command_line,
+            asks_for_text: !matches!(config.text, Text::Own),
             vcpus: config.vcpus,
             slots: config.slots,
         })?;
@@ -244,19 +240,24 @@ impl Machine {
             Text::Recorded => self.bus.text().record(image),
             Text::Shared(shared) => {
                 let Ok(pages) = shared.load(&self.memory, image) else { return };
-                if let Processors::Waiting(vcpus) = &*self.processors()
-                    && let Some(first) = vcpus.first()
-                {
-                    pages.map(&self.memory, first.fd());
-                }
+                self.map_at_once(&pages);
                 let _ = self.bus.text().offer(shared);
             }
         }
     }
 
+    /// Has KVM map pages that the host has, before the machine is started.
+    fn map_at_once(&self, pages: &Touched) {
+        if let Processors::Waiting(vcpus) = &*self.processors()
+            && let Some(first) = vcpus.first()
+        {
+            pages.map(&self.memory, first.fd());
+        }
+    }
+
     /// What the guest's kernel has made of its text, if it was to be recorded. It is given out once.
     pub fn recorded_text(&self) -> Result<Option<RecordedText>, TextError> {
-        self.bus.text().take_recorded().map(RecordedText::on_this_host).transpose()
+        Ok(self.bus.text().take_recorded(text::present()?))
     }
 
     /// Puts a device into an empty slot, before the start or while the guest runs.

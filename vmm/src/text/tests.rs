@@ -49,12 +49,12 @@ fn recorded() -> RecordedText {
     let machine = Machine::new();
     machine.port.record(&IMAGE);
     assert_eq!(machine.ask(2), 0);
-    assert!(machine.port.take_recorded().is_none(), "it is not patched yet");
+    assert!(machine.port.take_recorded(Vec::new()).is_none(), "it is not patched yet");
     machine.write(TEXT, 3);
     machine.write(INIT, 5);
     machine.port.write(PATCHED, 1);
     machine.write(TEXT.end - 1..TEXT.end, 4);
-    let recorded = machine.port.take_recorded().unwrap();
+    let recorded = machine.port.take_recorded(Vec::new()).unwrap();
     let page = |address| address / PAGE..address / PAGE + 1;
     assert_eq!(recorded.record.written, [vec![page(TEXT.start)], vec![page(TEXT.end - 1)]]);
     recorded
@@ -111,7 +111,7 @@ fn who_was_offered_nothing_gets_nothing() {
     let machine = Machine::new();
     assert_eq!(machine.ask(2), 0);
     machine.port.write(PATCHED, 1);
-    assert!(machine.port.take_recorded().is_none());
+    assert!(machine.port.take_recorded(Vec::new()).is_none());
 }
 
 #[test]

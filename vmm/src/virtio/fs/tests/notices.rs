@@ -48,6 +48,15 @@ impl Listening {
         listening
     }
 
+    /// One whose server hears of nothing by itself: the thread that listens may wake up late. Also a file, of which the guest
+    /// knows the attributes.
+    fn deaf() -> (Listening, (u64, u32), u64) {
+        let mut guest = Listening::new();
+        guest.driver.device._listening = EventLoop::spawn("deaf").unwrap();
+        let (valid, id) = guest.file("file");
+        (guest, valid, id)
+    }
+
     fn until(&mut self, mut is_so: impl FnMut(&mut Listening) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !is_so(self) {
@@ -108,10 +117,7 @@ fn who_sees_a_change_has_heard_of_all_before_it() {
     if !is_plain() {
         return;
     }
-    let mut guest = Listening::new();
-    // The thread that listens may wake up late.
-    guest.driver.device._listening = EventLoop::spawn("deaf").unwrap();
-    let (valid, id) = guest.file("file");
+    let (mut guest, valid, id) = Listening::deaf();
     let subjects = [Subject::Access(id), Subject::Contents(id)];
     fs::write(guest.driver.host("file"), "CONTENTS").unwrap();
     assert!(guest.is_valid(valid, &subjects), "there is nobody to tell");
@@ -143,9 +149,7 @@ fn who_changes_much_at_once_is_heard_of_altogether() {
     if !is_plain() {
         return;
     }
-    let mut guest = Listening::new();
-    guest.driver.device._listening = EventLoop::spawn("deaf").unwrap();
-    let (valid, id) = guest.file("file");
+    let (mut guest, valid, id) = Listening::deaf();
     let subjects = [Subject::Access(id), Subject::Contents(id)];
     // More events than are read before an answer.
     for number in 0..4000 {
