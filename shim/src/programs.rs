@@ -1,11 +1,15 @@
-//! The smallest programs there can be, for containers that are started to see how they start: no interpreter, no library,
-//! one page. They need nothing but the kernel, so the root filesystem is this and the folders of mounts.
+//! Programs for containers that are started to see how they start: no interpreter, no library, and but for one a single page.
+//! They need nothing but the kernel, so the root filesystem is this and the folders of mounts.
 
 /// Where the one segment is loaded.
 const ADDRESS: u64 = 0x40_0000;
 /// Sizes of the headers of an ELF file for 64 bits (elf(5)).
 const FILE_HEADER: u16 = 64;
 const SEGMENT_HEADER: u16 = 56;
+/// Pages of the file that [`typical`] reads, and of its stack that it writes.
+const READ_PAGES: u32 = 256;
+const WRITTEN_PAGES: u32 = 64;
+const PAGE: u32 = 4096;
 
 /// Ends with 0.
 pub fn succeed() -> Vec<u8> {
@@ -14,6 +18,38 @@ pub fn succeed() -> Vec<u8> {
         0xb8, 60, 0, 0, 0, // mov eax, SYS_exit
         0x0f, 0x05, // syscall
     ])
+}
+
+/// Reads all of its file, a MiB, writes to a quarter as much, and ends with 0: what a start of a small program takes, such as a
+/// shell that is linked statically.
+pub fn typical() -> Vec<u8> {
+    let [address, read, written, page] =
+        [ADDRESS as u32, READ_PAGES, WRITTEN_PAGES, PAGE].map(u32::to_le_bytes);
+    let code = [
+        &[0xbe][..], // mov esi, its first page
+        &address,
+        &[0xb9], // mov ecx, pages
+        &read,
+        &[0x8a, 0x06], // mov al, [rsi]
+        &[0x81, 0xc6], // add esi, page
+        &page,
+        &[0xff, 0xc9],       // dec ecx
+        &[0x75, 0xf4],       // jnz to the load
+        &[0x48, 0x89, 0xe7], // mov rdi, rsp
+        &[0xb9],             // mov ecx, pages
+        &written,
+        &[0x48, 0x81, 0xef], // sub rdi, page
+        &page,
+        &[0x88, 0x0f],        // mov [rdi], cl
+        &[0xff, 0xc9],        // dec ecx
+        &[0x75, 0xf3],        // jnz to the subtraction
+        &[0x31, 0xff],        // xor edi, edi
+        &[0xb8, 60, 0, 0, 0], // mov eax, SYS_exit
+        &[0x0f, 0x05],        // syscall
+    ];
+    let mut code = code.concat();
+    code.resize((READ_PAGES * PAGE - u32::from(FILE_HEADER + SEGMENT_HEADER)) as usize, 0);
+    executable(&code)
 }
 
 /// Waits for a signal, for ever.
@@ -90,6 +126,7 @@ mod tests {
     #[test]
     fn the_programs_do_what_they_say() {
         assert!(Command::new(&*installed(&succeed())).status().unwrap().success());
+        assert!(Command::new(&*installed(&typical())).status().unwrap().success());
 
         let told = Command::new(&*installed(&kernel())).output().unwrap().stdout;
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();

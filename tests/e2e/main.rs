@@ -62,7 +62,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("templates", templates::clocks::STORIES),
     ("templates", templates::clones::STORIES),
     ("templates", templates::damage::STORIES),
-    ("templates", templates::text::STORIES),
+    ("templates", templates::boot::STORIES),
     ("programs", programs::STORIES),
     ("lifecycle", lifecycle::STORIES),
     ("bad_input", bad_input::STORIES),

@@ -1,9 +1,9 @@
 //! Templates: what boots once, and what all the containers that begin with it do not share.
 
+pub mod boot;
 pub mod clocks;
 pub mod clones;
 pub mod damage;
-pub mod text;
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -17,7 +17,7 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvm_vmm::event_loop::EventLoop;
 use rvm_vmm::virtio::rng::RngDevice;
-use rvm_vmm::{Machine, MachineConfig};
+use rvm_vmm::{BootFiles, BootSource, Machine, MachineConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -30,11 +30,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let machine = Machine::new(MachineConfig {
         vcpus: option(0, "1").parse()?,
         memory: option(1, "256").parse::<u64>()? << 20,
-        kernel: File::open(kernel)?,
-        initramfs: fs::read(initramfs)?,
+        source: BootSource::Own(BootFiles { kernel: File::open(kernel)?, initramfs: fs::read(initramfs)? }),
         command_line: option(2, ""),
         slots: 4,
-        text: rvm_vmm::Text::Own,
     })?;
     let first_message = Arc::new(OnceLock::new());
     machine.mirror_console(Box::new(Screen { first_message: first_message.clone() }));

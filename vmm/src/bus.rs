@@ -6,14 +6,14 @@ use std::sync::{Mutex, PoisonError};
 use crate::confine::Duty;
 use crate::machine::ExitReason;
 use crate::serial::{self, SerialPort};
-use crate::text::{self, TextPort};
+use crate::shared_boot::{PORTS, TextPort};
 use crate::virtio::mmio::slot::Slot;
 use crate::{i8042, layout};
 
 /// The last port of the serial port.
 const SERIAL_END: u16 = layout::SERIAL_PORT + serial::PORTS - 1;
 /// The last of the ports about the kernel's text.
-const TEXT_END: u16 = layout::TEXT_PORT + text::PORTS - 1;
+const TEXT_END: u16 = layout::TEXT_PORT + PORTS - 1;
 /// What nothing reads as: lines that nobody pulls low.
 const FLOATING: u8 = 0xff;
 

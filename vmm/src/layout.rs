@@ -54,7 +54,7 @@ pub(crate) const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// Three pages for the same purpose.
 pub(crate) const KVM_TSS: usize = 0xfeff_d000;
 
-/// Where the guest's kernel asks for its text, see [`crate::text`].
+/// Where the guest's kernel asks for its text, see [`crate::shared_boot`].
 pub(crate) const TEXT_PORT: u16 = 0x5e0;
 
 /// The first serial port.

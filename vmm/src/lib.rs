@@ -18,7 +18,7 @@ pub mod machine;
 mod memory;
 mod pagemap;
 mod serial;
-mod text;
+mod shared_boot;
 mod touched;
 mod vcpu;
 pub mod virtio;
@@ -26,8 +26,8 @@ pub mod virtio;
 use std::sync::Arc;
 
 pub use host::host_support;
-pub use machine::{ExitReason, Machine, MachineConfig, MachineError, Timeline};
-pub use text::{RecordedText, SharedText, Text, TextError, TextRecord};
+pub use machine::{BootFiles, BootSource, ExitReason, Machine, MachineConfig, MachineError, Timeline};
+pub use shared_boot::{BootRecord, RecordedBoot, SharedBoot, SharedBootError};
 
 /// The guest's memory, shared by vCPUs, transport and devices.
 pub type GuestMemory = Arc<vm_memory::GuestMemoryMmap>;

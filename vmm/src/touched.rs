@@ -70,11 +70,15 @@ impl Touched {
         }
     }
 
-    /// Pages that will be read, and among them such as will be written.
+    /// Pages that will be read, and such as will be written, which may be among them.
     pub(crate) fn expected(read: impl Iterator<Item = Range<u64>>, written: &[Range<u64>]) -> Touched {
-        let stretch =
-            |pages: Range<u64>| Stretch { first: pages.start, count: pages.end.saturating_sub(pages.start) };
-        Touched { read: read.map(stretch).collect(), written: written.iter().cloned().map(stretch).collect() }
+        // A request of KVM's for nothing would fail, and end all.
+        let stretch = |pages: Range<u64>| {
+            let count = pages.end.checked_sub(pages.start).filter(|count| *count > 0)?;
+            Some(Stretch { first: pages.start, count })
+        };
+        let written = written.iter().cloned().filter_map(stretch).collect();
+        Touched { read: read.filter_map(stretch).collect(), written }
     }
 
     /// Has the host provide these pages: those that will be written as copies, others as those of the file. A host that
@@ -178,6 +182,15 @@ mod tests {
         let mut list = Vec::new();
         [1, 2, 7, 13, 14].iter().for_each(|page| add(&mut list, *page));
         assert_eq!(list, [Stretch { first: 1, count: 7 }, Stretch { first: 13, count: 2 }]);
+    }
+
+    #[test]
+    fn nothing_is_not_asked_for() {
+        let empty = Range { start: 7, end: 7 };
+        let backwards = Range { start: 7, end: 5 };
+        let expected = Touched::expected([empty.clone(), 3..5].into_iter(), &[empty, backwards, 9..10]);
+        assert_eq!(expected.read, [Stretch { first: 3, count: 2 }]);
+        assert_eq!(expected.written, [Stretch { first: 9, count: 1 }]);
     }
 
     proptest! {

@@ -37,6 +37,7 @@ const PATCHES: &[&str] = &[
     include_str!("../../kernels/patches/boot-host-text.patch"),
     include_str!("../../kernels/patches/boot-init-memory.patch"),
     include_str!("../../kernels/patches/boot-cpuid.patch"),
+    include_str!("../../kernels/patches/initramfs-in-place.patch"),
     include_str!("../../kernels/patches/slab-sysfs.patch"),
     include_str!("../../kernels/patches/page-reporting.patch"),
 ];

@@ -77,7 +77,7 @@ fn create(context: &Context, store: &Store, arguments: &CreateArguments) -> Resu
 fn remove(store: &Store, arguments: &RemoveArguments) -> Result<(), Error> {
     let keys = match arguments.all {
         true => {
-            store.remove_texts_but(0)?;
+            store.remove_boots_but(0)?;
             store.list()?.iter().map(|listed| listed.key).collect()
         }
         false => arguments.keys.iter().map(|text| parse_key(text)).collect::<Result<Vec<_>, _>>()?,

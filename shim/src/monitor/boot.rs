@@ -2,14 +2,12 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
 use rvm_protocol::{CONTROL_PORT, GUEST_CID, RESOLVER_PORT, ROOTFS_TAG, STREAM_PORT};
-use rvm_vmm::Text;
 use rvm_vmm::event_loop::EventLoop;
-use rvm_vmm::machine::{ExitReason, Machine, MachineConfig};
+use rvm_vmm::machine::{BootFiles, BootSource, ExitReason, Machine, MachineConfig, MachineError};
 use rvm_vmm::virtio::balloon::BalloonDevice;
 use rvm_vmm::virtio::block::BlockDevice;
 use rvm_vmm::virtio::fs::{FileServer, FsDevice, PreparedFileServer};
@@ -46,8 +44,8 @@ pub struct Built {
     machine: Machine,
     /// What it goes on from, if it does not boot.
     template: Option<Template>,
-    /// Where the text is kept that its kernel is given, if it is.
-    text: Option<Kept>,
+    /// Where that is kept which it shares with others that boot, if it does.
+    shared: Option<Kept>,
     files: PreparedFileServer,
     disks: Vec<OpenDisk>,
 }
@@ -66,8 +64,8 @@ pub struct Booting {
     pub events: EventLoop,
     /// What it goes on from, if it does not boot.
     pub template: Option<Template>,
-    /// Where the text is kept that its kernel is given, if it is.
-    pub text: Option<Kept>,
+    /// Where that is kept which it shares with others that boot, if it does.
+    pub shared: Option<Kept>,
 }
 
 /// The slots of disks follow those of everything else.
@@ -92,48 +90,51 @@ pub fn restore(shape: Shape, template: &Template, timeline: &mut Timeline) -> Re
     Ok(machine)
 }
 
-/// Builds the machine and loads the kernel into it, with what becomes of its text.
-pub fn build(
-    shape: Shape,
-    kernel: File,
-    agent: File,
-    disks: Vec<OpenDisk>,
-    text: Text,
-    timeline: &mut Timeline,
-) -> Result<Built, MonitorError> {
-    let files = FileServer::prepare()?;
+/// The kernel and the agent as a machine can boot them.
+pub fn files(kernel: &File, agent: &File) -> Result<BootFiles, MonitorError> {
     let initramfs = agent
         .metadata()
         .and_then(|metadata| initramfs::build(agent, metadata.len()))
         .map_err(MonitorError::system("cannot read the guest's agent"))?;
-    // `create` opened the image; its name is for the error message alone.
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", kernel.as_raw_fd())).unwrap_or_default();
+    let kernel = kernel.try_clone().map_err(MonitorError::system("cannot keep the kernel open"))?;
+    Ok(BootFiles { kernel, initramfs })
+}
+
+/// Makes a machine that boots.
+pub fn make(
+    shape: Shape,
+    source: BootSource,
+    slots: u8,
+    timeline: &mut Timeline,
+) -> Result<Machine, MachineError> {
     let machine = Machine::new(MachineConfig {
         vcpus: shape.vcpus,
         memory: shape.memory,
-        kernel,
-        initramfs,
+        source,
         command_line: String::new(),
-        slots: disk_slots(disks.len()).end,
-        text,
-    })
-    .map_err(|error| MonitorError::of_boot(&name, error))?;
+        slots,
+    })?;
     let reached = machine.timeline();
     timeline.mark_at(Phase::KvmReady, reached.kvm_ready);
     timeline.mark_at(Phase::KernelLoaded, reached.kernel_loaded);
-    Ok(Built { machine, template: None, text: None, files, disks })
+    Ok(machine)
 }
 
 impl Built {
     /// One that goes on from a template.
     pub fn restored(machine: Machine, template: Template) -> Result<Built, MonitorError> {
         let files = FileServer::prepare()?;
-        Ok(Built { machine, template: Some(template), text: None, files, disks: Vec::new() })
+        Ok(Built { machine, template: Some(template), shared: None, files, disks: Vec::new() })
     }
 
-    /// One whose kernel is given a text that is kept there.
-    pub fn with_text_of(self, text: Option<Kept>) -> Built {
-        Built { text, ..self }
+    /// One that boots, perhaps with what is kept there.
+    pub fn booting(
+        machine: Machine,
+        shared: Option<Kept>,
+        disks: Vec<OpenDisk>,
+    ) -> Result<Built, MonitorError> {
+        let files = FileServer::prepare()?;
+        Ok(Built { machine, template: None, shared, files, disks })
     }
 
     /// Plugs the devices and lets the vCPUs run. What is served to the guest is the tree below `root`.
@@ -151,7 +152,7 @@ impl Built {
     }
 
     fn launch(self, root: &Path, goes_on: bool, timeline: &mut Timeline) -> Result<Booting, MonitorError> {
-        let Built { machine, files, disks, template, text } = self;
+        let Built { machine, files, disks, template, shared } = self;
         let events = EventLoop::spawn_confined("devices")?;
         let (vsock, guest) = VsockDevice::new(u64::from(GUEST_CID), events.handle())?;
         let control = guest.listen(CONTROL_PORT)?;
@@ -177,7 +178,7 @@ impl Built {
             let phase = if goes_on { Phase::GuestResumed } else { Phase::KernelEntry };
             timeline.mark_at(phase, entry);
         }
-        Ok(Booting { machine, control, streams, lookups, events, template, text })
+        Ok(Booting { machine, control, streams, lookups, events, template, shared })
     }
 }
 

@@ -19,7 +19,7 @@ impl Service {
             FromAgent::Ready { kernel, .. } => {
                 self.log.debug(format!("{}: the agent is up on Linux {kernel}", self.setup.id));
                 self.deadlines.remove(&Deadline::Boot);
-                (self.template, self.text) = (None, None);
+                (self.template, self.shared) = (None, None);
                 self.setup.timeline.mark(Phase::AgentUp);
                 if self.starter.is_some() {
                     self.expect_start();

@@ -62,7 +62,7 @@ pub struct Setup {
     pub seccomp: Option<SeccompProgram>,
     /// The machine's size.
     pub shape: Shape,
-    /// Where templates are, and the texts of guests' kernels.
+    /// Where templates are, and what machines share that boot.
     pub templates: Option<PathBuf>,
     /// Whether the machine may go on from a template.
     pub may_go_on: bool,

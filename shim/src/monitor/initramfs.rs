@@ -1,4 +1,7 @@
 //! The guest's first file system: the agent as `/init`, and nothing else.
+//!
+//! The agent begins at a page of the archive, so that the guest's kernel can take its pages as they are (patch
+//! `initramfs-in-place`).
 
 use std::io::{self, BufReader, Read};
 
@@ -6,8 +9,12 @@ use cpio::newc::{Builder, ModeFileType, trailer};
 
 /// No agent is this large; the archive's format holds 4 GiB.
 const MAX_AGENT: u64 = 256 << 20;
-/// Room for a header, a name, padding and the end.
-const FRAME: usize = 1024;
+/// Where the agent begins: a page of the guest.
+const BEGIN: usize = 4096;
+/// The header of an entry, which its name follows with a zero at its end.
+const HEADER: usize = 110;
+/// Room for what is before the agent, and for padding and the end.
+const FRAME: usize = BEGIN + 1024;
 /// How much is read at once: few system calls, and what is read stays in the processor's cache until it is copied.
 const PIECE: usize = 256 << 10;
 
@@ -18,7 +25,9 @@ pub fn build(agent: impl Read, size: u64) -> io::Result<Vec<u8>> {
     }
     let mut archive = Vec::with_capacity(size as usize + FRAME);
     // The kernel opens /dev/console for its first process, in the folder that it makes itself.
-    let builder = Builder::new("init").mode(0o755).set_mode_file_type(ModeFileType::Regular).nlink(1);
+    // Zeros behind a name are not part of it; they fill the page.
+    let name = format!("{:\0<width$}", "init", width = BEGIN - HEADER - 1);
+    let builder = Builder::new(&name).mode(0o755).set_mode_file_type(ModeFileType::Regular).nlink(1);
     // MAX_AGENT is far below 4 GiB, so the cast keeps the value.
     let mut writer = builder.write(&mut archive, size as u32);
     let copied = io::copy(&mut BufReader::with_capacity(PIECE, agent.take(size)), &mut writer)?;
@@ -40,6 +49,7 @@ mod tests {
         let archive = build(program.as_slice(), program.len() as u64).unwrap();
         assert!(archive.starts_with(b"070701"));
         assert_eq!(archive.len() % 4, 0);
+        assert_eq!(archive[BEGIN..BEGIN + program.len()], *program);
 
         let mut reader = cpio::newc::Reader::new(archive.as_slice()).unwrap();
         assert_eq!(reader.entry().name(), "init");

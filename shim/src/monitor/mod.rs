@@ -28,13 +28,12 @@ mod streams;
 mod update;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use rvm_protocol::{AgentError, ExitStatus};
-use rvm_vmm::Text;
-use rvm_vmm::machine::Machine;
+use rvm_vmm::machine::{BootError, BootSource, Machine, MachineError};
 
 use crate::cause::Cause;
 use crate::container::{Folder, Step, folder};
@@ -44,7 +43,7 @@ use crate::logging::Log;
 use crate::reexec;
 use crate::rootfs::{self, Overlay, Rootfs, RootfsError};
 use crate::signals::{self, Signals};
-use crate::template::{KeptText, Key, Store, Template};
+use crate::template::{Kept, KeptBoot, Key, Store, Template};
 use crate::timeline::Phase;
 use boot::Built;
 use handshake::{FromMonitor, SETUP_DESCRIPTORS, Setup, ToMonitor};
@@ -75,7 +74,7 @@ pub enum MonitorError {
     Program(#[from] AgentError),
     /// The machine.
     #[error(transparent)]
-    Machine(rvm_vmm::machine::MachineError),
+    Machine(MachineError),
     /// A machine that goes on from a template. There are reasons for it that a boot would meet with, too.
     #[error(
         "the machine that was to go on from a template could not be started; the template was dropped, so that the \
@@ -88,7 +87,7 @@ pub enum MonitorError {
         /// The image.
         path: PathBuf,
         /// What is wrong with it.
-        source: rvm_vmm::machine::BootError,
+        source: BootError,
     },
     /// A disk.
     #[error(transparent)]
@@ -115,19 +114,17 @@ pub enum MonitorError {
     },
 }
 
-impl From<rvm_vmm::machine::MachineError> for MonitorError {
-    fn from(error: rvm_vmm::machine::MachineError) -> Self {
+impl From<MachineError> for MonitorError {
+    fn from(error: MachineError) -> Self {
         MonitorError::Machine(error)
     }
 }
 
 impl MonitorError {
     /// An error of the machine's making, with the image's name where the image is to blame.
-    fn of_boot(kernel: &Path, error: rvm_vmm::machine::MachineError) -> Self {
+    fn of_boot(kernel: &Path, error: MachineError) -> Self {
         match error {
-            rvm_vmm::machine::MachineError::Boot(source) => {
-                MonitorError::Kernel { path: kernel.to_owned(), source }
-            }
+            MachineError::Boot(source) => MonitorError::Kernel { path: kernel.to_owned(), source },
             other => MonitorError::Machine(other),
         }
     }
@@ -209,15 +206,20 @@ fn find_template(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Optio
     })
 }
 
-/// The text of the kernel of a machine that boots, if it is kept and fit to be used.
-fn find_text(setup: &Setup, kernel: &File, log: &Log) -> Option<KeptText> {
+/// What a machine that boots can begin with, if it is kept and fit to be used.
+fn find_boot(setup: &Setup, kernel: &File, agent: &File, log: &Log) -> Option<KeptBoot> {
     let store = Store::new(setup.templates.as_deref()?);
-    store.text(kernel, setup.shape).unwrap_or_else(|error| {
-        // Removing may fail, too. The kernel patches its text for itself.
-        let _ = store.remove_text(kernel, setup.shape);
-        log.warning_now(&format!("the kept text of the guest's kernel is dropped: {error}"));
+    let key = Key::of_boot(kernel, agent, setup.shape).ok()?;
+    store.boot(key).unwrap_or_else(|error| {
+        // Removing may fail, too. The machine boots without.
+        let _ = store.remove_boot(key);
+        warn_of_boot(log, &error);
         None
     })
+}
+
+fn warn_of_boot(log: &Log, error: &dyn std::error::Error) {
+    log.warning_now(&format!("what is kept for machines that boot is dropped: {error}"));
 }
 
 /// The machine that goes on from a template; none where it turns out that none can.
@@ -230,6 +232,31 @@ fn restore(setup: &mut Setup, template: Template, log: &Log) -> Option<(Machine,
             None
         }
     }
+}
+
+/// The machine that begins with what is kept; none where it turns out that none can.
+fn share(setup: &mut Setup, boot: KeptBoot, slots: u8, log: &Log) -> Option<(Machine, Kept)> {
+    let KeptBoot { boot, kept } = boot;
+    match boot::make(setup.shape, BootSource::Shared(boot), slots, &mut setup.timeline) {
+        Ok(machine) => Some((machine, kept)),
+        Err(MachineError::Boot(error @ BootError::Shared(_))) => {
+            kept.discard();
+            warn_of_boot(log, &error);
+            None
+        }
+        // Nothing of what is kept is to blame; without, there will be the same error.
+        Err(_) => None,
+    }
+}
+
+/// The machine that boots for itself.
+fn boot(setup: &mut Setup, kernel: &File, agent: &File, slots: u8) -> Result<Machine, MonitorError> {
+    let source = BootSource::Own(boot::files(kernel, agent)?);
+    boot::make(setup.shape, source, slots, &mut setup.timeline).map_err(|error| {
+        // `create` opened the image; its name is for the error message alone.
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", kernel.as_raw_fd())).unwrap_or_default();
+        MonitorError::of_boot(&name, error)
+    })
 }
 
 /// Everything up to the moment when the container counts as created.
@@ -248,7 +275,7 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let disks = disks::open_all(&setup.disks)?;
     // While the host's files can be seen.
     let template = find_template(&setup, &kernel, &agent, &log);
-    let text = if template.is_some() { None } else { find_text(&setup, &kernel, &log) };
+    let kept = if template.is_some() { None } else { find_boot(&setup, &kernel, &agent, &log) };
     setup::enter_namespaces(&spec)?;
     let resolver = Resolver::open()
         .inspect_err(|error| {
@@ -263,9 +290,11 @@ fn prepare(socket: &OwnedFd, setup: Box<Setup>, inherited: Inherited) -> Result<
     let built = match template.and_then(|template| restore(&mut setup, template, &log)) {
         Some((machine, template)) => Built::restored(machine, template)?,
         None => {
-            let (text, kept) =
-                text.map_or((Text::Own, None), |text| (Text::Shared(text.text), Some(text.kept)));
-            boot::build(setup.shape, kernel, agent, disks, text, &mut setup.timeline)?.with_text_of(kept)
+            let slots = boot::disk_slots(disks.len()).end;
+            match kept.and_then(|kept| share(&mut setup, kept, slots, &log)) {
+                Some((machine, kept)) => Built::booting(machine, Some(kept), disks)?,
+                None => Built::booting(boot(&mut setup, &kernel, &agent, slots)?, None, disks)?,
+            }
         }
     };
     let stdio = setup::Stdio::take().map_err(MonitorError::system("cannot take the standard streams"))?;

@@ -101,8 +101,8 @@ pub struct Service {
     pub(super) outcome: Option<Outcome>,
     /// What the machine goes on from, until it is known to.
     pub(super) template: Option<Template>,
-    /// Where the text is kept that its kernel is given, until that is known to work.
-    pub(super) text: Option<Kept>,
+    /// Where that is kept which it shares with others that boot, until that is known to work.
+    pub(super) shared: Option<Kept>,
     signals: Signals,
     control_listener: VsockListener,
     stream_listener: VsockListener,
@@ -153,7 +153,7 @@ impl Service {
             events: booting.events,
             agent: Agent::new(booting.machine.clock(), booting.template.is_some()),
             template: booting.template,
-            text: booting.text,
+            shared: booting.shared,
             machine: booting.machine,
             streams: Streams::default(),
             clients: Clients::new(listener),
@@ -393,7 +393,7 @@ impl Service {
 
     /// The machine cannot go on.
     pub(super) fn fail(&mut self, words: String) {
-        let words = match (self.template.take(), self.text.take()) {
+        let words = match (self.template.take(), self.shared.take()) {
             (Some(template), _) => {
                 template.discard();
                 format!(
@@ -401,10 +401,10 @@ impl Service {
                      the next start boots its machine: {words}"
                 )
             }
-            (None, Some(text)) => {
-                text.discard();
+            (None, Some(shared)) => {
+                shared.discard();
                 format!(
-                    "the guest did not come up with the text that is kept of its kernel, which was dropped, so that the \
+                    "the guest did not come up with what is kept for machines that boot, which was dropped, so that the \
                      next start does without: {words}"
                 )
             }

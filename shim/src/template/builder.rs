@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::{FromAgent, Request};
-use rvm_vmm::Text;
+use rvm_protocol::FromAgent;
+use rvm_vmm::BootSource;
 use serde::{Deserialize, Serialize};
 
 use super::store::Lock;
@@ -18,6 +18,7 @@ use crate::container::shape::Shape;
 use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
+use crate::monitor::MonitorError;
 use crate::monitor::agent::{Agent, AgentFailure, GREETING};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec::{self, Start, Started};
@@ -41,10 +42,11 @@ pub fn make(
     installation: Installation,
     shape: Shape,
 ) -> Result<Key, TemplateError> {
-    let failed = TemplateError::system("cannot look at kernel and agent");
-    let key = Key::of(&installation.kernel, &installation.agent, shape, boot::SLOTS).map_err(failed)?;
-    let is_text_known = store.has_text(&installation.kernel, shape);
-    if is_text_known && store.find(key).is_ok_and(|found| found.is_some()) {
+    let Installation { kernel, agent: program } = installation;
+    // Before they are read: what is made of files that are changed meanwhile, nobody finds.
+    let (key, boot_key) = keys(&kernel, &program, shape)?;
+    let is_boot_known = store.has_boot(boot_key);
+    if is_boot_known && store.find(key).is_ok_and(|found| found.is_some()) {
         return Ok(key);
     }
     let unfinished = store.begin(lock)?;
@@ -52,19 +54,19 @@ pub fn make(
     let root = unfinished.path().join("root");
     fs::create_dir(&root).map_err(TemplateError::system(format!("cannot make {}", root.display())))?;
 
-    let kernel =
-        installation.kernel.try_clone().map_err(TemplateError::system("cannot keep the kernel open"))?;
-    // Its own boot shows what the kernel makes of its text, if that is not known.
-    let text = if is_text_known { Text::Own } else { Text::Recorded };
-    let timeline = &mut Timeline::default();
-    let built = boot::build(shape, installation.kernel, installation.agent, Vec::new(), text, timeline)?;
+    let files = boot::files(&kernel, &program)?;
+    // Its own boot shows what others could share, if that is not known.
+    let source = if is_boot_known { BootSource::Own(files) } else { BootSource::Recorded(files) };
+    let machine =
+        boot::make(shape, source, boot::SLOTS, &mut Timeline::default()).map_err(MonitorError::from)?;
+    let built = Built::booting(machine, None, Vec::new())?;
     // As long as there is a connection, the agent waits.
     let (booting, mut agent) = come_up(built, &root)?;
     // A guest that is captured has nothing under way.
     let greeted = |message| matches!(message, FromAgent::Reply { request: GREETING, .. }).then_some(());
     await_message(&booting, &mut agent, greeted)?;
     thread::sleep(REST);
-    let recorded = booting.machine.recorded_text()?;
+    let recorded = booting.machine.recorded_boot()?;
     let state = booting.machine.capture(&unfinished.memory)?;
     drop(booting);
 
@@ -75,20 +77,17 @@ pub fn make(
     unfinished.write(&record)?;
     fs::remove_dir_all(&root).map_err(TemplateError::system(format!("cannot remove {}", root.display())))?;
     unfinished.finish(key)?;
-    if !is_text_known {
-        store.keep_text(lock, &kernel, shape, recorded.as_ref())?;
+    if !is_boot_known {
+        store.keep_boot(lock, boot_key, recorded.as_ref())?;
     }
     Ok(key)
 }
 
-/// Asks the agent for something, and waits for the answer.
-pub(super) fn ask(booting: &Booting, agent: &mut Agent, request: Request) -> Result<(), TemplateError> {
-    let number = agent.request(request).map_err(|error| TemplateError::Guest(error.to_string()))?;
-    let answer = await_message(booting, agent, |message| match message {
-        FromAgent::Reply { request, result } if request == number => Some(result),
-        _ => None,
-    })?;
-    answer.map(drop).map_err(|error| TemplateError::Guest(error.to_string()))
+/// The names of a shape's template, and of what machines of all sizes share that boot.
+fn keys(kernel: &File, agent: &File, shape: Shape) -> Result<(Key, Key), TemplateError> {
+    Key::of(kernel, agent, shape, boot::SLOTS)
+        .and_then(|key| Ok((key, Key::of_boot(kernel, agent, shape)?)))
+        .map_err(TemplateError::system("cannot look at kernel and agent"))
 }
 
 /// Starts a machine, and waits until its agent says that it is ready.
@@ -167,11 +166,10 @@ impl WarmUp {
         };
         let installation = Installation { kernel: open(&self.kernel)?, agent: open(&self.agent)? };
         let Installation { kernel, agent } = &installation;
-        let failed = TemplateError::system("cannot look at kernel and agent");
-        let key = Key::of(kernel, agent, shape, boot::SLOTS).map_err(failed)?;
+        let (key, boot_key) = keys(kernel, agent, shape)?;
         let store = Store::new(&self.folder);
         if shape.memory > MOST_MEMORY
-            || (store.has(key) && store.has_text(kernel, shape))
+            || (store.has(key) && store.has_boot(boot_key))
             || store.has_failed_lately()
             || store.lock(false)?.is_none()
         {

@@ -45,7 +45,7 @@ struct Parts<'a> {
     version: u32,
     /// What this program was built of.
     commit: &'a str,
-    /// This program, the guest's kernel, and its agent if it matters, with the file systems they are on.
+    /// This program, the guest's kernel and its agent, with the file systems they are on.
     files: Vec<(u64, FileIdentity)>,
     vcpus: u8,
     memory: u64,
@@ -60,10 +60,10 @@ impl Key {
         Key::of_machine(&[kernel, agent], shape.vcpus, shape.memory, slots)
     }
 
-    /// The name of a kernel's text, which is the same in machines of all shapes, but for one thing: with several processors the
-    /// kernel takes its locks in another way.
-    pub fn of_text(kernel: &File, shape: Shape) -> io::Result<Key> {
-        Key::of_machine(&[kernel], shape.vcpus.min(2), 0, 0)
+    /// The name of what machines of all shapes share that boot these. One thing is not the same in all: with several processors
+    /// the kernel takes its locks in another way.
+    pub fn of_boot(kernel: &File, agent: &File, shape: Shape) -> io::Result<Key> {
+        Key::of_machine(&[kernel, agent], shape.vcpus.min(2), 0, 0)
     }
 
     fn of_machine(files: &[&File], vcpus: u8, memory: u64, slots: u8) -> io::Result<Key> {
@@ -136,15 +136,25 @@ mod tests {
         assert_ne!(key(&files, Shape { vcpus: 1, ..SHAPE }, 8), first);
         assert_ne!(key(&files, Shape { memory: 258 << 20, ..SHAPE }, 8), first);
         assert_ne!(key(&files, SHAPE, 9), first);
-        let text = Key::of_text(&files[0], SHAPE).unwrap();
-        let with = |vcpus| Key::of_text(&files[0], Shape { vcpus, memory: 1, memory_limit: None }).unwrap();
-        assert_eq!(with(3), text);
-        assert_ne!(with(1), text);
         files[1].write_all(b"x").unwrap();
         assert_ne!(key(&files, SHAPE, 8), first);
-        assert_eq!(Key::of_text(&files[0], SHAPE).unwrap(), text);
-        files[0].write_all(b"x").unwrap();
-        assert_ne!(Key::of_text(&files[0], SHAPE).unwrap(), text);
+    }
+
+    #[test]
+    fn a_boot_has_one_name_in_machines_of_all_sizes() {
+        let mut files = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        let key = |files: &[File; 2], vcpus, memory| {
+            Key::of_boot(&files[0], &files[1], Shape { vcpus, memory, memory_limit: None }).unwrap()
+        };
+        let mut known = vec![key(&files, 2, 1)];
+        assert_eq!(key(&files, 3, 2), known[0]);
+        known.push(key(&files, 1, 1));
+        for changed in 0..2 {
+            files[changed].write_all(b"x").unwrap();
+            known.push(key(&files, 2, 1));
+        }
+        let different: std::collections::HashSet<_> = known.iter().collect();
+        assert_eq!(different.len(), known.len(), "{known:?}");
     }
 
     #[test]

@@ -2,28 +2,28 @@
 //!
 //! The first container of a [shape](Key) boots. What it leaves behind is a process that boots another machine of that
 //! shape, [captures](builder) it, tries the capture, and puts it into the [store]. Containers that come later
-//! [open](Store::find) it, and their machines go on from there. Machines that boot all the same have the [text] of their kernel
-//! from the boot of that other machine. A template is a cache: where there is none, or none that
-//! can be used, a machine boots.
+//! [open](Store::find) it, and their machines go on from there. Machines that boot all the same share
+//! [what they can](boot) with the boot of that other machine. A template is a cache: where there is none, or none that can be
+//! used, a machine boots.
 
+mod boot;
 pub mod builder;
 mod file;
 mod key;
 mod store;
-mod text;
 mod trial;
 
 use std::io;
 use std::path::PathBuf;
 
+pub use boot::KeptBoot;
 pub use file::Record;
 pub use key::Key;
 pub use store::{Kept, Listed, Store, Template};
-pub use text::KeptText;
 
 use crate::cause::Cause;
 use crate::monitor::MonitorError;
-use rvm_vmm::TextError;
+use rvm_vmm::SharedBootError;
 use rvm_vmm::machine::{CaptureError, RestoreError};
 
 /// Where templates are kept.
@@ -57,9 +57,9 @@ pub enum TemplateError {
     /// Its machine cannot be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    /// The text of the guest's kernel cannot be given to machines.
+    /// What is kept of a boot cannot be shared.
     #[error(transparent)]
-    Text(#[from] TextError),
+    Boot(#[from] SharedBootError),
     /// A machine cannot be captured.
     #[error(transparent)]
     Capture(#[from] CaptureError),

@@ -1,17 +1,17 @@
 //! A template is tried before others use it: a machine goes on from it, and starts a container.
 //!
-//! One from which no container starts would cost every container its start. And what the guest has touched of its memory
-//! by then, it will touch each time.
+//! One from which no container starts would cost every container its start. And what the guest has touched of its memory by the
+//! end of a small program, it will touch each time.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rvm_protocol::{NetworkConfig, Request, StandardStreams, StartContainer};
+use rvm_protocol::{ExitStatus, FromAgent, NetworkConfig, Request, StandardStreams, StartContainer};
 use rvm_vmm::machine::Touched;
 
-use super::builder::{ask, come_up};
+use super::builder::{await_message, come_up};
 use super::{Template, TemplateError};
 use crate::bundle::{Bundle, BundleError};
 use crate::container::shape::Shape;
@@ -21,21 +21,34 @@ use crate::spec::default_spec;
 use crate::timeline::Timeline;
 
 /// Name of the container's program.
-const PROGRAM: &str = "exit";
+const PROGRAM: &str = "program";
 
-/// Starts a container in a machine that goes on from a template, and tells what that took of its memory.
+/// Runs a container in a machine that goes on from a template, and tells what that took of its memory.
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
     make_program(&root.join(PROGRAM))
         .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
-    let start = container(root).map_err(|error| TemplateError::Guest(error.to_string()))?;
+    let start = container(root).map_err(of_guest)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
-    ask(&booting, &mut agent, Request::Start(Box::new(start)))?;
+    let number = agent.request(Request::Start(Box::new(start))).map_err(of_guest)?;
+    let ended = await_message(&booting, &mut agent, |message| match message {
+        FromAgent::Reply { request, result: Err(error) } if request == number => Some(Err(error)),
+        FromAgent::Exited { status, .. } => Some(Ok(status)),
+        _ => None,
+    })?;
+    match ended.map_err(of_guest)? {
+        ExitStatus::Code(0) => {}
+        other => return Err(TemplateError::Guest(format!("a container's program ended with {other:?}"))),
+    }
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())
 }
 
-/// A container that ends at once, like those that `rvm spec` describes.
+fn of_guest(error: impl ToString) -> TemplateError {
+    TemplateError::Guest(error.to_string())
+}
+
+/// A container that ends soon, like those that `rvm spec` describes.
 fn container(root: &Path) -> Result<StartContainer, BundleError> {
     let mut spec = default_spec(false);
     if let Some(process) = spec.process_mut() {
@@ -63,7 +76,7 @@ fn make_program(path: &Path) -> io::Result<()> {
         fs::create_dir(path.with_file_name(folder))?;
     }
     let mut file: File = OpenOptions::new().write(true).create_new(true).mode(0o755).open(path)?;
-    file.write_all(&programs::succeed())
+    file.write_all(&programs::typical())
 }
 
 #[cfg(test)]
@@ -79,6 +92,6 @@ mod tests {
         make_program(&path).unwrap();
         assert!(Command::new(&path).status().unwrap().success());
         let start = container(folder.path()).unwrap();
-        assert!(start.spec.contains("\"/exit\""), "{}", start.spec);
+        assert!(start.spec.contains("\"/program\""), "{}", start.spec);
     }
 }

@@ -77,15 +77,15 @@ fn a_guest_that_does_not_come_up_costs_one_start() -> Result<()> {
     eventually("it is made anew", || Ok(templates.run(&bundle)?.error_text().contains(RESUMED)))
 }
 
-/// Overwrites all of the machine's memory, and lets the state say that the file is to be like that: nothing but the guest
-/// itself can tell.
+/// Overwrites all of the memory by what no processor executes, and lets the state say that the file is to be like that:
+/// nothing but the guest itself can tell.
 pub(super) fn damage_unseen(folder: &Path) -> Result<()> {
     let mut memory = File::options().write(true).open(folder.join("memory"))?;
     let mut at = 0;
     while let Ok(begin) = lseek(&memory, at, Whence::SeekData) {
         at = lseek(&memory, begin, Whence::SeekHole)?;
         memory.seek(SeekFrom::Start(begin as u64))?;
-        memory.write_all(&vec![0; (at - begin) as usize])?;
+        memory.write_all(&vec![0xff; (at - begin) as usize])?;
     }
     memory.sync_all()?;
 

@@ -6,7 +6,7 @@ use super::BootError;
 use crate::layout;
 
 /// What each guest is told, and why.
-const BASE: [&str; 10] = [
+const BASE: [&str; 11] = [
     // Kernel messages, and only those that matter: each byte costs an exit.
     "console=ttyS0",
     "quiet",
@@ -25,6 +25,8 @@ const BASE: [&str; 10] = [
     // The host's kernel watches its time stamp counter, and the guest's clock is the host's word: an idle guest need not wake
     // up twice a second to compare the two.
     "tsc=nowatchdog",
+    // The first file system is of the kind whose files can be the initramfs's own pages (patch `initramfs-in-place`).
+    "rootfstype=ramfs",
 ];
 
 /// The command line for a machine with so many slots, whose kernel may be one that is to ask for its text.

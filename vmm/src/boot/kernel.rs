@@ -1,6 +1,7 @@
 //! The kernel's image and the initramfs: where they go in memory.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::bootparam::setup_header;
@@ -38,6 +39,18 @@ pub(super) struct Kernel {
     pub(super) setup_header: Option<setup_header>,
 }
 
+impl Kernel {
+    /// One that lies there from its entry point on, and stays.
+    pub(super) fn elf(place: Range<u64>) -> Kernel {
+        Kernel {
+            entry: GuestAddress(place.start),
+            end: GuestAddress(place.end),
+            initramfs_max: GuestAddress(u64::MAX),
+            setup_header: None,
+        }
+    }
+}
+
 /// Loads a kernel of either form.
 pub(super) fn load(memory: &GuestMemory, file: &mut File) -> Result<Kernel, BootError> {
     let kernel = match format(file)? {
@@ -58,13 +71,17 @@ pub(super) fn place_initramfs(
     memory: &GuestMemory,
     kernel: &Kernel,
     size: u64,
-) -> Result<GuestAddress, BootError> {
+) -> Result<Range<u64>, BootError> {
     let low_end = memory.iter().next().map_or(0, |region| region.last_addr().0 + 1);
     let end = low_end.min(kernel.initramfs_max.0.saturating_add(1));
     end.checked_sub(size)
-        .map(|start| GuestAddress(start - start % PAGE))
-        .filter(|start| *start >= kernel.end)
-        .ok_or(BootError::TooBig { kernel: (kernel.end.0 - HIGH_MEMORY.0) >> 10, initramfs: size >> 10 })
+        .map(|start| start - start % PAGE)
+        .filter(|start| *start >= kernel.end.0)
+        .map(|start| start..start + size)
+        .ok_or_else(|| BootError::TooBig {
+            kernel: kernel.end.0.saturating_sub(HIGH_MEMORY.0) >> 10,
+            initramfs: size >> 10,
+        })
 }
 
 enum Format {
@@ -90,12 +107,7 @@ fn format(file: &File) -> Result<Format, BootError> {
 
 fn load_elf(memory: &GuestMemory, file: &mut File) -> Result<Kernel, BootError> {
     let loaded = Elf::load(&**memory, None, file, Some(HIGH_MEMORY))?;
-    Ok(Kernel {
-        entry: loaded.kernel_load,
-        end: GuestAddress(loaded.kernel_end),
-        initramfs_max: GuestAddress(u64::MAX),
-        setup_header: None,
-    })
+    Ok(Kernel::elf(loaded.kernel_load.0..loaded.kernel_end))
 }
 
 fn load_bzimage(memory: &GuestMemory, file: &mut File) -> Result<Kernel, BootError> {
@@ -220,9 +232,9 @@ mod tests {
     fn the_initramfs_lies_at_the_end_of_what_the_kernel_reaches() {
         let memory = memory();
         let mut kernel = load(&memory, &mut file(&elf(b"code"))).unwrap();
-        assert_eq!(place_initramfs(&memory, &kernel, 4097).unwrap(), GuestAddress(64 * MIB - 8192));
+        assert_eq!(place_initramfs(&memory, &kernel, 4097).unwrap().start, 64 * MIB - 8192);
         kernel.initramfs_max = GuestAddress(32 * MIB - 1);
-        assert_eq!(place_initramfs(&memory, &kernel, 4096).unwrap(), GuestAddress(32 * MIB - 4096));
+        assert_eq!(place_initramfs(&memory, &kernel, 4096).unwrap(), 32 * MIB - 4096..32 * MIB);
         for size in [17 * MIB, 64 * MIB, 1 << 40, u64::MAX] {
             assert!(matches!(place_initramfs(&memory, &kernel, size), Err(BootError::TooBig { .. })));
         }

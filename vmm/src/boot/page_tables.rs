@@ -6,7 +6,7 @@
 use vm_memory::GuestAddress;
 
 /// How far the tables reach.
-pub(super) const MAPPED: GuestAddress = GuestAddress(1 << 30);
+pub(crate) const MAPPED: GuestAddress = GuestAddress(1 << 30);
 
 const PAGE: u64 = 0x1000;
 const ENTRIES: u64 = PAGE / size_of::<u64>() as u64;

@@ -1,7 +1,9 @@
 //! The boot parameters, or "zero page" (Documentation/arch/x86/zero-page.rst).
 
+use std::ops::Range;
+
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
 use super::kernel::Kernel;
 use crate::GuestMemory;
@@ -17,23 +19,18 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const USABLE: u32 = 1;
 const RESERVED: u32 = 2;
 
-/// The parameters of a kernel that finds its initramfs, which may be empty, at this address.
-pub(super) fn build(
-    memory: &GuestMemory,
-    kernel: &Kernel,
-    initramfs: GuestAddress,
-    initramfs_size: u64,
-) -> boot_params {
+/// The parameters of a kernel that finds its initramfs, which may be empty, there.
+pub(super) fn build(memory: &GuestMemory, kernel: &Kernel, initramfs: &Range<u64>) -> boot_params {
     let mut params = boot_params { hdr: kernel.setup_header.unwrap_or_default(), ..Default::default() };
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = COMMAND_LINE.0 as u32;
     params.hdr.cmdline_size = COMMAND_LINE_SIZE as u32;
-    if initramfs_size > 0 {
+    if !initramfs.is_empty() {
         // Both fit: the initramfs lies below the gap.
-        params.hdr.ramdisk_image = initramfs.0 as u32;
-        params.hdr.ramdisk_size = initramfs_size as u32;
+        params.hdr.ramdisk_image = initramfs.start as u32;
+        params.hdr.ramdisk_size = (initramfs.end - initramfs.start) as u32;
     }
     let map = memory_map(memory);
     params.e820_entries = map.len() as u8;
@@ -54,6 +51,8 @@ fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     fn params(size: u64, initramfs_size: u64) -> boot_params {
@@ -63,7 +62,7 @@ mod tests {
             initramfs_max: GuestAddress(u64::MAX),
             setup_header: None,
         };
-        build(&crate::memory::create(size).unwrap(), &kernel, GuestAddress(0x300_0000), initramfs_size)
+        build(&crate::memory::create(size).unwrap(), &kernel, &(0x300_0000..0x300_0000 + initramfs_size))
     }
 
     fn map(params: &boot_params) -> Vec<(u64, u64, u32)> {

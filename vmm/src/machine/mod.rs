@@ -3,7 +3,6 @@
 mod capture;
 mod timeline;
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -21,6 +20,7 @@ pub use self::capture::{CaptureError, MachineState, RestoreError};
 pub use self::timeline::Timeline;
 pub use crate::boot::BootError;
 use crate::boot::{self, Boot};
+pub use crate::boot::{BootFiles, BootSource};
 use crate::bus::Bus;
 use crate::clock::GuestClock;
 use crate::console::Console;
@@ -31,7 +31,7 @@ pub use crate::layout::MAX_SLOTS;
 use crate::memory;
 pub use crate::memory::MemoryError;
 use crate::serial::{Registers, SerialPort};
-use crate::text::{self, RecordedText, Text, TextError, TextPort};
+use crate::shared_boot::{self, RecordedBoot, SharedBootError, TextPort};
 pub use crate::touched::Touched;
 use crate::vcpu::Vcpu;
 pub use crate::vcpu::VcpuError;
@@ -54,16 +54,12 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Size of the guest's memory in bytes; rounded up to whole MiB.
     pub memory: u64,
-    /// The kernel: an ELF `vmlinux` or a `bzImage`.
-    pub kernel: File,
-    /// The initramfs (cpio, compressed or not); may be empty.
-    pub initramfs: Vec<u8>,
+    /// The kernel and what it finds at first.
+    pub source: BootSource,
     /// What to add to the kernel command line that the machine makes.
     pub command_line: String,
     /// Number of virtio-mmio slots, at most [`MAX_SLOTS`].
     pub slots: u8,
-    /// What becomes of the kernel's text.
-    pub text: Text,
 }
 
 /// Why a machine could not be made, changed or run.
@@ -153,17 +149,19 @@ impl Machine {
     pub fn new(config: MachineConfig) -> Result<Machine, MachineError> {
         let (kvm, _) = host::open_kvm_for_kernels()?;
         let machine = Machine::without_kernel(&kvm, config.vcpus, config.memory, config.slots)?;
-        let mut kernel = config.kernel;
-        let image = machine.load(Boot {
-            kernel: &mut kernel,
-            initramfs: &config.initramfs,
+        let mut source = config.source;
+        let stays = machine.load(Boot {
+            source: &mut source,
             command_line: &config.command_line,
-            asks_for_text: !matches!(config.text, Text::Own),
             vcpus: config.vcpus,
             slots: config.slots,
         })?;
-        if let Some(image) = image {
-            machine.prepare_text(config.text, &image);
+        match (source, stays) {
+            (BootSource::Recorded(files), Some(kernel)) => {
+                machine.bus.text().record(&kernel, &files.initramfs)
+            }
+            (BootSource::Shared(shared), _) => machine.bus.text().offer(shared).map_err(BootError::Shared)?,
+            _ => {}
         }
         machine.lock_timeline().kernel_is_loaded();
         Ok(machine)
@@ -223,27 +221,14 @@ impl Machine {
 
     /// Loads a kernel; returns where it stays.
     fn load(&self, boot: Boot<'_>) -> Result<Option<Range<u64>>, MachineError> {
-        let boot::Loaded { entry, image } = boot::load(&self.memory, boot)?;
+        let boot::Loaded { entry, stays, provided } = boot::load(&self.memory, boot)?;
         if let Processors::Waiting(vcpus) = &*self.processors()
             && let Some(boot_processor) = vcpus.first()
         {
             boot_processor.set_entry(entry)?;
         }
-        Ok(image)
-    }
-
-    /// The kernel at `image` is to be given its text, or to have it recorded. Sharing saves something, and is nothing that a
-    /// start should fail for: without it the kernel does for itself what it does.
-    fn prepare_text(&self, text: Text, image: &Range<u64>) {
-        match text {
-            Text::Own => {}
-            Text::Recorded => self.bus.text().record(image),
-            Text::Shared(shared) => {
-                let Ok(pages) = shared.load(&self.memory, image) else { return };
-                self.map_at_once(&pages);
-                let _ = self.bus.text().offer(shared);
-            }
-        }
+        self.map_at_once(&provided);
+        Ok(stays)
     }
 
     /// Has KVM map pages that the host has, before the machine is started.
@@ -255,9 +240,9 @@ impl Machine {
         }
     }
 
-    /// What the guest's kernel has made of its text, if it was to be recorded. It is given out once.
-    pub fn recorded_text(&self) -> Result<Option<RecordedText>, TextError> {
-        Ok(self.bus.text().take_recorded(text::present()?))
+    /// What other machines can share of this one's boot, if that was to be recorded. It is given out once.
+    pub fn recorded_boot(&self) -> Result<Option<RecordedBoot>, SharedBootError> {
+        Ok(self.bus.text().take_recorded(shared_boot::present()?))
     }
 
     /// Puts a device into an empty slot, before the start or while the guest runs.

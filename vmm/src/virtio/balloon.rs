@@ -4,7 +4,7 @@
 //! Two ways lead there. With *reporting* the guest tells on its own of stretches that have been free for some
 //! time, and may take them back whenever it likes. By *inflating* it gives up as many pages as the host asks for
 //! with [`BalloonHandle::set_target`]. Either way the host drops the pages; when the guest touches them
-//! again it gets new ones.
+//! again it gets new ones, or where a file is mapped those of the file.
 //!
 //! To drop pages takes the kernel a while, so give this device a loop that no packet waits on.
 
