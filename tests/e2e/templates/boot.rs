@@ -1,9 +1,10 @@
 //! What machines that boot share: kernel, its text once it is patched, and initramfs, from the boot of a template's machine.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use super::{BOOTED, Templates, ensure_says, never_goes_on};
 use crate::Story;
@@ -23,11 +24,15 @@ const MOST_OF_FILE: u64 = 2;
 const SHARED: u64 = 10;
 
 impl Templates {
-    /// The folder of what machines share that boot.
-    fn kept_boot(&self) -> Result<PathBuf> {
+    /// The folders of what machines share that boot: with one processor, and with several.
+    fn kept_boots(&self) -> Result<Vec<PathBuf>> {
         let entries = fs::read_dir(self.store())?.flatten().map(|entry| entry.path());
-        let mut boots = entries.filter(|path| path.extension().is_some_and(|extension| extension == "boot"));
-        boots.next().context("no boot is kept")
+        Ok(entries.filter(|path| path.extension().is_some_and(|extension| extension == "boot")).collect())
+    }
+
+    /// The only one.
+    fn kept_boot(&self) -> Result<PathBuf> {
+        self.kept_boots()?.pop().context("no boot is kept")
     }
 
     /// Runs a bundle whose machine has to boot.
@@ -71,37 +76,47 @@ fn mappings(pid: &str, file: &str) -> Result<Vec<Mapping>> {
 fn machines_that_boot_share_text_and_agent() -> Result<()> {
     let templates = Templates::new()?;
     templates.make()?;
-    let file = templates.kept_boot()?.join("memory");
-    let length = fs::metadata(&file)?.len();
+    let one = templates.kept_boot()?;
     // Of the template's size, and of one that there is no template for.
-    for memory in [None, Some(300 << 20)] {
-        let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
-            never_goes_on(config);
-            if let Some(bytes) = memory {
-                config["linux"]["resources"]["memory"] = serde_json::json!({ "limit": bytes });
-            }
-        })?;
-        let mut run = templates.spawn(&bundle, "story")?;
-        eventually("it runs", || Ok(rvm(&["state", "story"])?.text().contains("\"running\"")))?;
-        let state = rvm(&["state", "story"])?.expect_code(0)?.text();
-        let state: serde_json::Value = serde_json::from_str(&state)?;
-        let mapped = mappings(&state["pid"].to_string(), &file.to_string_lossy())?;
-        let (sum, written) =
-            mapped.iter().fold((0, 0), |(sum, written), map| (sum + map.length, written + map.written));
-        let first = mapped.iter().map(|map| map.offset).min().context("something is mapped")?;
-        ensure!(
-            first + sum == length && sum < length / MOST_OF_FILE,
-            "with {memory:?} of {length} bytes it has {mapped:x?}"
-        );
-        let agent =
-            mapped.iter().find(|map| map.offset + map.length == length).context("the end is mapped")?;
-        ensure!(agent.written < agent.length / SHARED, "with {memory:?} the agent is its own: {agent:?}");
-        ensure!(written < sum / SHARED, "with {memory:?} it has its own pages: {mapped:x?}");
-        rvm(&["kill", "story", "KILL"])?.expect_code(0)?;
-        run.wait()?;
-    }
+    ensure_is_shared(&templates, &one, json!({}))?;
+    ensure_is_shared(&templates, &one, json!({ "memory": { "limit": 300 << 20 } }))?;
+    // With several processors it is another one.
+    templates.rvm(&["template", "create", "--cpus", "2"])?.expect_code(0)?;
+    let several =
+        templates.kept_boots()?.into_iter().find(|path| *path != one).context("there is another")?;
+    ensure_is_shared(&templates, &several, json!({ "cpu": { "quota": 200_000, "period": 100_000 } }))?;
+
     templates.rvm(&["template", "rm", "--all"])?.expect_code(0)?;
-    ensure!(templates.kept_boot().is_err(), "it goes with the templates");
+    ensure!(templates.kept_boots()?.is_empty(), "it goes with the templates");
+    Ok(())
+}
+
+/// Boots a container with such limits, and looks at what it has mapped of what is kept.
+fn ensure_is_shared(templates: &Templates, kept: &Path, limits: Value) -> Result<()> {
+    let file = kept.join("memory");
+    let length = fs::metadata(&file)?.len();
+    let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
+        never_goes_on(config);
+        for (kind, limit) in limits.as_object().into_iter().flatten() {
+            config["linux"]["resources"][kind] = limit.clone();
+        }
+    })?;
+    let mut run = templates.spawn(&bundle, "story")?;
+    eventually("it runs", || Ok(rvm(&["state", "story"])?.text().contains("\"running\"")))?;
+    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.expect_code(0)?.text())?;
+    let mapped = mappings(&state["pid"].to_string(), &file.to_string_lossy())?;
+    let (sum, written) =
+        mapped.iter().fold((0, 0), |(sum, written), map| (sum + map.length, written + map.written));
+    let first = mapped.iter().map(|map| map.offset).min().context("something is mapped")?;
+    ensure!(
+        first + sum == length && sum < length / MOST_OF_FILE,
+        "with {limits} of {length} bytes it has {mapped:x?}"
+    );
+    let agent = mapped.iter().find(|map| map.offset + map.length == length).context("the end is mapped")?;
+    ensure!(agent.written < agent.length / SHARED, "with {limits} the agent is its own: {agent:?}");
+    ensure!(written < sum / SHARED, "with {limits} it has its own pages: {mapped:x?}");
+    rvm(&["kill", "story", "KILL"])?.expect_code(0)?;
+    run.wait()?;
     Ok(())
 }
 
@@ -139,7 +154,8 @@ fn a_kept_boot_that_does_not_work_costs_one_start() -> Result<()> {
     let log = templates.folder.path().join("log").display().to_string();
     templates.make()?;
     let kept = templates.kept_boot()?;
-    super::damage::damage_unseen(&kept)?;
+    // No processor executes that, where it would execute zeros for minutes.
+    super::damage::damage_unseen(&kept, 0xff)?;
     let failed = templates.boot(&log)?;
     failed.expect_failure(&["did not come up with what is kept for machines that boot", "dropped"])?;
     templates.boot(&log)?.expect_text("Linux")?;

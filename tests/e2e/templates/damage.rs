@@ -59,7 +59,7 @@ fn what_is_damaged_is_made_anew() -> Result<()> {
 fn a_guest_that_does_not_come_up_costs_one_start() -> Result<()> {
     let (templates, bundle) = (Templates::new()?, Bundle::new(&["echo", "hello"])?);
     let key = templates.make()?;
-    damage_unseen(&templates.store().join(&key))?;
+    damage_unseen(&templates.store().join(&key), 0)?;
     let log = templates.folder.path().join("log").display().to_string();
     let failed = templates.rvm(&["--log", &log, "run", "--bundle", bundle.path(), "story"])?;
     let failed = failed.expect_failure(&["did not come up", "template", "was dropped"])?;
@@ -77,15 +77,15 @@ fn a_guest_that_does_not_come_up_costs_one_start() -> Result<()> {
     eventually("it is made anew", || Ok(templates.run(&bundle)?.error_text().contains(RESUMED)))
 }
 
-/// Overwrites all of the memory by what no processor executes, and lets the state say that the file is to be like that:
-/// nothing but the guest itself can tell.
-pub(super) fn damage_unseen(folder: &Path) -> Result<()> {
+/// Overwrites all of the memory by this byte, and lets the state say that the file is to be like that: nothing but the
+/// guest itself can tell.
+pub(super) fn damage_unseen(folder: &Path, by: u8) -> Result<()> {
     let mut memory = File::options().write(true).open(folder.join("memory"))?;
     let mut at = 0;
     while let Ok(begin) = lseek(&memory, at, Whence::SeekData) {
         at = lseek(&memory, begin, Whence::SeekHole)?;
         memory.seek(SeekFrom::Start(begin as u64))?;
-        memory.write_all(&vec![0xff; (at - begin) as usize])?;
+        memory.write_all(&vec![by; (at - begin) as usize])?;
     }
     memory.sync_all()?;
 
