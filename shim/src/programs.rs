@@ -99,7 +99,7 @@ fn executable(code: &[u8]) -> Vec<u8> {
     for word in [1_u32, 5] {
         file.extend(word.to_le_bytes()); // PT_LOAD, to be read and executed
     }
-    for field in [0, ADDRESS, ADDRESS, size, size, 0x1000] {
+    for field in [0, ADDRESS, ADDRESS, size, size, u64::from(PAGE)] {
         file.extend(field.to_le_bytes());
     }
     file.extend(code);

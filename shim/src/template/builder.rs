@@ -19,7 +19,7 @@ use crate::control::{ControlError, Packet, receive, send};
 use crate::install::Installation;
 use crate::logging::{Log, LogFormat};
 use crate::monitor::MonitorError;
-use crate::monitor::agent::{Agent, AgentFailure, GREETING};
+use crate::monitor::agent::{Agent, GREETING};
 use crate::monitor::boot::{self, Booting, Built};
 use crate::reexec::{self, Start, Started};
 use crate::timeline::Timeline;
@@ -109,8 +109,7 @@ pub(super) fn await_message<T>(
         if let Some(stream) = booting.control.accept().filter(|_| !agent.is_connected()) {
             agent.connect(stream).map_err(TemplateError::system("cannot talk to the guest"))?;
         }
-        let failed = |error: AgentFailure| TemplateError::Guest(error.to_string());
-        let messages = agent.flush().and_then(|()| agent.receive()).map_err(failed)?;
+        let messages = agent.flush().and_then(|()| agent.receive()).map_err(TemplateError::guest)?;
         if let Some(found) = messages.into_iter().find_map(&look) {
             return Ok(found);
         }

@@ -46,7 +46,7 @@ struct Parts<'a> {
     /// What this program was built of.
     commit: &'a str,
     /// This program, the guest's kernel and its agent, with the file systems they are on.
-    files: Vec<(u64, FileIdentity)>,
+    files: [(u64, FileIdentity); 3],
     vcpus: u8,
     memory: u64,
     slots: u8,
@@ -57,25 +57,23 @@ struct Parts<'a> {
 impl Key {
     /// The name of the template for such a machine.
     pub fn of(kernel: &File, agent: &File, shape: Shape, slots: u8) -> io::Result<Key> {
-        Key::of_machine(&[kernel, agent], shape.vcpus, shape.memory, slots)
+        Key::of_machine(kernel, agent, shape.vcpus, shape.memory, slots)
     }
 
     /// The name of what machines of all shapes share that boot these. One thing is not the same in all: with several processors
     /// the kernel takes its locks in another way.
     pub fn of_boot(kernel: &File, agent: &File, shape: Shape) -> io::Result<Key> {
-        Key::of_machine(&[kernel, agent], shape.vcpus.min(2), 0, 0)
+        Key::of_machine(kernel, agent, shape.vcpus.min(2), 0, 0)
     }
 
-    fn of_machine(files: &[&File], vcpus: u8, memory: u64, slots: u8) -> io::Result<Key> {
-        let mut identities = vec![identify(&fs::metadata("/proc/self/exe")?)];
-        for file in files {
-            identities.push(identify(&file.metadata()?));
-        }
+    fn of_machine(kernel: &File, agent: &File, vcpus: u8, memory: u64, slots: u8) -> io::Result<Key> {
+        let program = fs::metadata("/proc/self/exe")?;
+        let files = [program, kernel.metadata()?, agent.metadata()?].each_ref().map(identify);
         let host = nix::sys::utsname::uname()?;
         let parts = Parts {
             version: VERSION,
             commit: env!("RVM_COMMIT"),
-            files: identities,
+            files,
             vcpus,
             memory,
             slots,

@@ -92,6 +92,10 @@ impl From<MonitorError> for TemplateError {
 }
 
 impl TemplateError {
+    fn guest(error: impl std::fmt::Display) -> TemplateError {
+        TemplateError::Guest(error.to_string())
+    }
+
     /// Makes the closure that `map_err` wants.
     fn system<E: Into<Cause>>(what: impl Into<String>) -> impl FnOnce(E) -> TemplateError {
         let what = what.into();

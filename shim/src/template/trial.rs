@@ -27,25 +27,21 @@ const PROGRAM: &str = "program";
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
     make_program(&root.join(PROGRAM))
         .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
-    let start = container(root).map_err(of_guest)?;
+    let start = container(root).map_err(TemplateError::guest)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
-    let number = agent.request(Request::Start(Box::new(start))).map_err(of_guest)?;
+    let number = agent.request(Request::Start(Box::new(start))).map_err(TemplateError::guest)?;
     let ended = await_message(&booting, &mut agent, |message| match message {
         FromAgent::Reply { request, result: Err(error) } if request == number => Some(Err(error)),
         FromAgent::Exited { status, .. } => Some(Ok(status)),
         _ => None,
     })?;
-    match ended.map_err(of_guest)? {
+    match ended.map_err(TemplateError::guest)? {
         ExitStatus::Code(0) => {}
         other => return Err(TemplateError::Guest(format!("a container's program ended with {other:?}"))),
     }
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())
-}
-
-fn of_guest(error: impl ToString) -> TemplateError {
-    TemplateError::Guest(error.to_string())
 }
 
 /// A container that ends soon, like those that `rvm spec` describes.

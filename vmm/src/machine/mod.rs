@@ -158,7 +158,7 @@ impl Machine {
         })?;
         match (source, stays) {
             (BootSource::Recorded(files), Some(kernel)) => {
-                machine.bus.text().record(&kernel, &files.initramfs)
+                machine.bus.text().record(&kernel, files.initramfs)
             }
             (BootSource::Shared(shared), _) => machine.bus.text().offer(shared).map_err(BootError::Shared)?,
             _ => {}

@@ -79,7 +79,7 @@ impl TextPort {
     }
 
     /// Records what the kernel makes of its text. It is loaded at `kernel`, was not entered, and will find this initramfs.
-    pub(crate) fn record(&self, kernel: &Range<u64>, initramfs: &[u8]) {
+    pub(crate) fn record(&self, kernel: &Range<u64>, initramfs: Vec<u8>) {
         let recorded = RecordedBoot::begun(&self.memory, kernel, initramfs);
         self.state().offer = recorded
             .map_or(Offer::Nothing, |recorded| Offer::Recording(Progress::Loaded, Box::new(recorded)));

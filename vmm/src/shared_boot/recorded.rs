@@ -28,7 +28,11 @@ pub struct RecordedBoot {
 
 impl RecordedBoot {
     /// Of a kernel that is loaded. What is not in memory cannot be recorded.
-    pub(super) fn begun(memory: &GuestMemory, kernel: &Range<u64>, initramfs: &[u8]) -> Option<RecordedBoot> {
+    pub(super) fn begun(
+        memory: &GuestMemory,
+        kernel: &Range<u64>,
+        initramfs: Vec<u8>,
+    ) -> Option<RecordedBoot> {
         let whole = kernel.start - kernel.start % PAGE..kernel.end.checked_next_multiple_of(PAGE)?;
         let length = whole.end.checked_sub(whole.start)?;
         if length > MAX_LENGTH || initramfs.len() as u64 > MAX_LENGTH {
@@ -45,7 +49,7 @@ impl RecordedBoot {
             cpuid: Vec::new(),
         };
         let (before, patched) = (Vec::new(), Vec::new());
-        Some(RecordedBoot { record, kernel: image, before, patched, initramfs: initramfs.to_vec() })
+        Some(RecordedBoot { record, kernel: image, before, patched, initramfs })
     }
 
     /// The kernel has named its text, and is about to patch it.

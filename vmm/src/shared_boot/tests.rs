@@ -51,7 +51,7 @@ impl Machine {
 
 fn recorded() -> RecordedBoot {
     let machine = Machine::new();
-    machine.port.record(&KERNEL, &INITRAMFS);
+    machine.port.record(&KERNEL, INITRAMFS.to_vec());
     assert_eq!(machine.ask(2), 0);
     assert!(machine.port.take_recorded(Vec::new()).is_none(), "it is not patched yet");
     machine.write(TEXT, 3);
@@ -140,7 +140,7 @@ fn who_was_offered_nothing_gets_nothing() {
 #[test]
 fn a_kernel_that_begins_elsewhere_is_not_recorded() {
     let machine = Machine::new();
-    machine.port.record(&(KERNEL.start - PAGE..KERNEL.end), &INITRAMFS);
+    machine.port.record(&(KERNEL.start - PAGE..KERNEL.end), INITRAMFS.to_vec());
     machine.ask(2);
     machine.port.write(PATCHED, 1);
     assert!(machine.port.take_recorded(Vec::new()).is_none());
@@ -216,7 +216,7 @@ fn what_is_no_boot_of_a_kernel_is_refused() {
 #[test]
 fn what_is_too_large_is_not_recorded() {
     let machine = Machine::new();
-    machine.port.record(&KERNEL, &vec![0; MAX_LENGTH as usize + 1]);
+    machine.port.record(&KERNEL, vec![0; MAX_LENGTH as usize + 1]);
     machine.ask(2);
     machine.port.write(PATCHED, 1);
     assert!(machine.port.take_recorded(Vec::new()).is_none());
@@ -237,7 +237,7 @@ proptest! {
     ) {
         let machine = if record { Machine::new() } else { offered() };
         if record {
-            machine.port.record(&KERNEL, &INITRAMFS);
+            machine.port.record(&KERNEL, INITRAMFS.to_vec());
         }
         for (reads, offset, value) in accesses {
             if reads {
