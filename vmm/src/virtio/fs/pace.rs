@@ -1,5 +1,7 @@
 //! Which requests are quick.
 
+use std::time::Duration;
+
 use fuse_backend_rs::abi::fuse_abi::InHeader;
 use nix::errno::Errno;
 
@@ -13,6 +15,22 @@ pub(super) enum Pace {
     AtOnce,
     /// As it has to be.
     Any,
+}
+
+/// When vCPUs no longer serve requests at once, and until when.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// What takes longer has waited for something.
+    pub(super) long: Duration,
+    /// So long nothing is served at once after that.
+    pub(super) rest: Duration,
+}
+
+impl Default for Patience {
+    /// A large directory takes a few milliseconds of the processor alone.
+    fn default() -> Patience {
+        Patience { long: Duration::from_millis(20), rest: Duration::from_millis(100) }
+    }
 }
 
 impl FileServer {

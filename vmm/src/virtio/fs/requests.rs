@@ -11,10 +11,10 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::inodes::lock;
-use super::pace::Pace;
+use super::pace::{Pace, Patience};
 use super::server::FileServer;
 use super::thread;
 use crate::GuestMemory;
@@ -24,11 +24,6 @@ use crate::virtio::{Activation, Interrupt};
 
 /// How many requests are served before something else gets its turn.
 const BATCH: usize = 64;
-/// What takes longer has waited for something: a large directory takes a few milliseconds of the processor alone.
-const LONG: Duration = Duration::from_millis(20);
-/// So long nothing is served at once after that.
-const REST: Duration = Duration::from_millis(100);
-
 /// A queue of requests of an active device.
 pub(super) struct Requests {
     memory: GuestMemory,
@@ -98,8 +93,9 @@ impl Requests {
             let head = chain.head_index();
             let begin = Instant::now();
             let written = self.server.serve(&self.memory, chain.clone(), Pace::AtOnce);
-            if begin.elapsed() > LONG {
-                *lock(&self.rests_until) = Some(Instant::now() + REST);
+            let Patience { long, rest } = self.server.patience;
+            if begin.elapsed() > long {
+                *lock(&self.rests_until) = Some(Instant::now() + rest);
             }
             let mut state = lock(&self.state);
             match written {

@@ -15,6 +15,7 @@ use super::handles::Handles;
 use super::identity::Mounts;
 use super::inodes::{Inodes, Limits};
 use super::notices::Notices;
+use super::pace::Patience;
 use super::pins::Node;
 use super::sync::Unsynced;
 use super::watches::Watches;
@@ -54,6 +55,7 @@ pub struct FileServer {
     pub(super) unsynced: Unsynced,
     pub(super) notices: Notices,
     pub(super) watches: Watches,
+    pub(super) patience: Patience,
     /// What the driver agreed to at its start.
     pub(super) options: AtomicU32,
 }
@@ -111,8 +113,8 @@ impl PreparedFileServer {
         let inodes = Inodes::new(root, identity, limits);
         let (handles, unsynced) = (Handles::new(open_files), Unsynced::new(MAX_UNSYNCED));
         let (notices, watches) = (Notices::default(), Watches::new(&self.descriptors, self.watches));
-        let (descriptors, options) = (self.descriptors, AtomicU32::default());
-        Ok(FileServer { descriptors, mounts, inodes, handles, unsynced, notices, watches, options })
+        let (descriptors, patience, options) = (self.descriptors, Patience::default(), AtomicU32::default());
+        Ok(FileServer { descriptors, mounts, inodes, handles, unsynced, notices, watches, patience, options })
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::thread;
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FsyncIn, InHeader, OutHeader, ReadIn, WriteIn};
 use vm_memory::ByteValued;
@@ -11,6 +12,7 @@ use super::driver::{ROOT, object};
 use super::*;
 use crate::confine::Duty;
 use crate::virtio::fs::message::MAX_READ;
+use crate::virtio::fs::pace::Patience;
 use crate::virtio::fs::wire::opcode;
 use crate::virtio::testing::{Guest, Part};
 
@@ -89,6 +91,20 @@ fn what_waits_for_a_disk_is_put_off_and_holds_nothing_up() {
     driver.ring(Duty::VcpuWithFiles);
     driver.guest.wait_interrupt();
     assert_eq!(answer(&mut driver), Some((108, 0)));
+}
+
+#[test]
+fn after_what_took_long_the_devices_thread_answers_for_a_while() {
+    let patience = Patience { long: Duration::ZERO, rest: Duration::from_secs(3600) };
+    let mut driver = Driver::with(|server| server.patience = patience);
+    push(&mut driver, 100, opcode::LOOKUP, ROOT, b"missing\0", 128);
+    driver.ring(Duty::VcpuWithFiles);
+    assert_eq!(answer(&mut driver), Some((100, 0)));
+    hear(&driver);
+    push(&mut driver, 102, opcode::LOOKUP, ROOT, b"missing\0", 128);
+    driver.ring(Duty::VcpuWithFiles);
+    driver.guest.wait_interrupt();
+    assert_eq!(answer(&mut driver), Some((102, 0)));
 }
 
 #[test]

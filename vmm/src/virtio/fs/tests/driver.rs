@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, WriteIn, WriteOut,
@@ -49,6 +50,8 @@ impl Driver {
         let root = tempfile::tempdir().unwrap();
         prepare_root(root.path());
         let mut server = FileServer::prepare().unwrap().serve_root(root.path()).unwrap();
+        // A machine with much else to do answers late, too.
+        server.patience.long = Duration::MAX;
         prepare(&mut server);
         let mut device = FsDevice::new("rootfs", server).unwrap();
         let guest = Guest::new(&QUEUE_SIZES);
