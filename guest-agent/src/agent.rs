@@ -24,6 +24,7 @@ use crate::stream::{GRACE, Stream, StreamId};
 use crate::sys::process::{Child, find_ended, reap};
 
 mod launches;
+mod rehearsal;
 mod requests;
 
 /// The agent.

@@ -25,7 +25,7 @@ pub use resolver::{Lookup, LookupReader, MAX_DNS_MESSAGE, Transport};
 pub use stream::{STREAM_HEADER_LEN, StreamHeader, StreamToken};
 
 /// Version of every message of this crate; sent first by the agent in [`FromAgent::Ready`].
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// The host's context id on a vsock (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u32 = 2;
@@ -44,6 +44,12 @@ pub const RESOLVER_PORT: u32 = 1026;
 
 /// Tag of the virtio-fs device that serves the container's root filesystem.
 pub const ROOTFS_TAG: &str = "rootfs";
+
+/// The ID of the container of a [`Request::Rehearse`], which can be that of no other, and the name of its cgroup.
+pub const REHEARSAL_ID: &str = "~rehearsal";
+
+/// The program of the container of a [`Request::Rehearse`]: the agent's own, which ends at once when it is told so.
+pub const REHEARSAL: [&str; 2] = ["/init", "rehearsal"];
 
 /// Ceiling of the open files of a process (`fs.nr_open`) in the guest: far above whatever a host grants, as systemd has it.
 pub const MOST_OPEN_FILES: u64 = 1_073_741_816;

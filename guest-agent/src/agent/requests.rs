@@ -6,7 +6,7 @@ use rvm_protocol::{
     StartContainer, ToAgent,
 };
 
-use super::{Agent, Managed, State};
+use super::{Agent, Managed, State, rehearsal};
 use crate::container::{self, Container, processes};
 use crate::error::{Context, Result, container_not_running, other};
 use crate::process::Place;
@@ -37,6 +37,7 @@ impl Agent {
             }
             Request::Update { resources } => self.update(&resources),
             Request::Network(config) => self.configure_network(&config).map(|()| Reply::Done),
+            Request::Rehearse(start) => self.rehearse(&start).map(|()| Reply::Done),
             Request::Awaken { entropy, clock } => awaken(&entropy, clock),
             Request::SetClock(clock) => set_clock(clock),
         };
@@ -54,6 +55,13 @@ impl Agent {
         self.container = Some(container);
         let (streams, seccomp) = (&start.streams, start.seccomp.as_ref());
         self.launch(request, ProcessId::INIT, Place::New, &process, streams, seccomp)
+    }
+
+    fn rehearse(&mut self, start: &StartContainer) -> Result<()> {
+        if self.started {
+            return Err(other("the container has been started already"));
+        }
+        rehearsal::rehearse(start, &self.settings)
     }
 
     fn configure_network(&mut self, config: &NetworkConfig) -> Result<()> {

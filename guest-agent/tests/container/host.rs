@@ -13,9 +13,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rvm_protocol::{
-    AgentError, CONTROL_PORT, ExecProcess, ExitStatus, FromAgent, NetworkConfig, ProcessId, Reply, Request,
-    STREAM_HEADER_LEN, STREAM_PORT, SeccompProgram, StandardStreams, StartContainer, StreamHeader,
-    StreamToken, ToAgent, VERSION, read_frame, write_frame,
+    AgentError, CONTROL_PORT, ExecProcess, ExitStatus, FromAgent, NetworkConfig, ProcessId, REHEARSAL_ID,
+    Reply, Request, STREAM_HEADER_LEN, STREAM_PORT, SeccompProgram, StandardStreams, StartContainer,
+    StreamHeader, StreamToken, ToAgent, VERSION, read_frame, write_frame,
 };
 use serde_json::{Value, json};
 
@@ -121,6 +121,12 @@ impl Host {
         self.stream(token)
     }
 
+    /// Has a container of no consequence started, before there is another.
+    pub fn rehearse(&mut self, spec: &Value) -> Result<Reply, AgentError> {
+        let streams = StandardStreams::Pipes { stdin: None, stdout: None, stderr: None };
+        self.request(Request::Rehearse(start_request(REHEARSAL_ID, spec, streams, None)))
+    }
+
     /// Starts a further process with pipes.
     pub fn exec(&mut self, id: u32, process: &Value) -> Result<Streams, AgentError> {
         let (streams, wire) = self.pipes();
@@ -188,7 +194,7 @@ impl Host {
     /// Sends the request to start the container, whose answer is yet to come.
     pub fn begin(&mut self, spec: &Value) -> u64 {
         let (_, streams) = self.pipes();
-        self.send(start_request(spec, streams, None))
+        self.send(Request::Start(start_request("test", spec, streams, None)))
     }
 
     /// Signals a process that a request has begun, and returns how that request failed.
@@ -240,7 +246,7 @@ impl Host {
         streams: StandardStreams,
         seccomp: Option<SeccompProgram>,
     ) -> Result<(), AgentError> {
-        let started = self.request(start_request(spec, streams, seccomp))?;
+        let started = self.request(Request::Start(start_request("test", spec, streams, seccomp)))?;
         assert!(matches!(started, Reply::Started { guest_pid } if guest_pid > 1), "{started:?}");
         Ok(())
     }
@@ -287,9 +293,14 @@ impl Drop for Host {
     }
 }
 
-fn start_request(spec: &Value, streams: StandardStreams, seccomp: Option<SeccompProgram>) -> Request {
-    let start = StartContainer {
-        id: "test".into(),
+fn start_request(
+    id: &str,
+    spec: &Value,
+    streams: StandardStreams,
+    seccomp: Option<SeccompProgram>,
+) -> Box<StartContainer> {
+    Box::new(StartContainer {
+        id: id.into(),
         spec: spec.to_string(),
         streams,
         network: NetworkConfig::default(),
@@ -298,8 +309,7 @@ fn start_request(spec: &Value, streams: StandardStreams, seccomp: Option<Seccomp
         memory_limit: None,
         host_mounts: Vec::new(),
         disks: Vec::new(),
-    };
-    Request::Start(Box::new(start))
+    })
 }
 
 /// Waits for the agent to connect, or to end before it does.

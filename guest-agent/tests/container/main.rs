@@ -10,6 +10,7 @@ mod host;
 mod identity;
 mod limits;
 mod mounts;
+mod rehearsals;
 mod streams;
 mod terminals;
 
@@ -35,6 +36,7 @@ fn main() {
         (mounts::tests(), obstacle),
         (terminals::tests(), obstacle),
         (execs::tests(), obstacle),
+        (rehearsals::tests(), obstacle),
         (limits::tests(), obstacle.or_else(limits::obstacle)),
     ];
     let arguments = Arguments::from_args();

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::FromAgent;
+use rvm_protocol::{FromAgent, REHEARSAL, REHEARSAL_ID, Request};
 use rvm_vmm::BootSource;
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +65,7 @@ pub fn make(
     // A guest that is captured has nothing under way.
     let greeted = |message| matches!(message, FromAgent::Reply { request: GREETING, .. }).then_some(());
     await_message(&booting, &mut agent, greeted)?;
+    rehearse(&booting, &mut agent, &root)?;
     thread::sleep(REST);
     let recorded = booting.machine.recorded_boot()?;
     let state = booting.machine.capture(&unfinished.memory)?;
@@ -96,6 +97,18 @@ pub(super) fn come_up(built: Built, root: &Path) -> Result<(Booting, Agent), Tem
     let mut agent = Agent::new(booting.machine.clock(), booting.template.is_some());
     await_message(&booting, &mut agent, |message| matches!(message, FromAgent::Ready { .. }).then_some(()))?;
     Ok((booting, agent))
+}
+
+/// Has a guest start a container that nobody asked for. What its kernel does for the first one only, it has done then for all
+/// that go on from its state.
+fn rehearse(booting: &Booting, agent: &mut Agent, root: &Path) -> Result<(), TemplateError> {
+    let start = trial::container(REHEARSAL_ID, root, &REHEARSAL).map_err(TemplateError::guest)?;
+    let number = agent.request(Request::Rehearse(Box::new(start))).map_err(TemplateError::guest)?;
+    let answer = await_message(booting, agent, |message| match message {
+        FromAgent::Reply { request, result } if request == number => Some(result),
+        _ => None,
+    })?;
+    answer.map(drop).map_err(TemplateError::guest)
 }
 
 /// Waits for the message that is looked for.

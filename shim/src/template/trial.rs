@@ -27,7 +27,7 @@ const PROGRAM: &str = "program";
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
     make_program(&root.join(PROGRAM))
         .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
-    let start = container(root).map_err(TemplateError::guest)?;
+    let start = container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::guest)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
     let number = agent.request(Request::Start(Box::new(start))).map_err(TemplateError::guest)?;
@@ -44,18 +44,18 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
     Ok(booting.machine.touched().unwrap_or_default())
 }
 
-/// A container that ends soon, like those that `rvm spec` describes.
-fn container(root: &Path) -> Result<StartContainer, BundleError> {
+/// A container that ends soon, like those that `rvm spec` describes, with this for a program.
+pub(super) fn container(id: &str, root: &Path, command: &[&str]) -> Result<StartContainer, BundleError> {
     let mut spec = default_spec(false);
     if let Some(process) = spec.process_mut() {
-        process.set_terminal(Some(false)).set_args(Some(vec![format!("/{PROGRAM}")]));
+        process.set_terminal(Some(false)).set_args(Some(command.iter().map(ToString::to_string).collect()));
     }
     if let Some(place) = spec.root_mut() {
         place.set_path(root.to_owned());
     }
     let bundle = Bundle::from_spec(root, spec)?;
     Ok(StartContainer {
-        id: "template".into(),
+        id: id.into(),
         spec: bundle.guest_spec_json(),
         streams: StandardStreams::Pipes { stdin: None, stdout: None, stderr: None },
         network: NetworkConfig::default(),
@@ -87,7 +87,7 @@ mod tests {
         let path = folder.path().join(PROGRAM);
         make_program(&path).unwrap();
         assert!(Command::new(&path).status().unwrap().success());
-        let start = container(folder.path()).unwrap();
+        let start = container("template", folder.path(), &["/program"]).unwrap();
         assert!(start.spec.contains("\"/program\""), "{}", start.spec);
     }
 }

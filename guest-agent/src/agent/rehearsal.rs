@@ -1,0 +1,70 @@
+//! A container of no consequence, before the guest is captured.
+//!
+//! The first container has a guest's kernel do much that no later one does: it turns limits of memory on in its own code,
+//! which makes copies of that code's pages, and fills its caches for namespaces, mounts and programs. What is done before the
+//! state is captured, no guest has to do that goes on from there.
+//!
+//! Its cgroup stays, empty: with the last one goes what the kernel has turned on for the first.
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{self, OFlag};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use rvm_protocol::{ExitStatus, StartContainer};
+
+use crate::container::{Container, RootSource, Settings};
+use crate::error::{Context, Result, other};
+use crate::process::channel::{AgentEnd, Message};
+use crate::process::launch::{ChildStreams, Launch, Launched, Place, launch};
+use crate::sys::process::{Child, reap};
+
+/// How long the program may take to end, in milliseconds.
+const PATIENCE: u16 = 30_000;
+
+/// Starts such a container, and returns when nothing is left of it but its cgroup.
+pub(super) fn rehearse(start: &StartContainer, settings: &Settings) -> Result<()> {
+    let settings = Settings { source: RootSource::Directory("/".into()), ..settings.clone() };
+    let container = Container::prepare(start, &settings)?;
+    let ended = run(start, &container);
+    container.finish();
+    ended
+}
+
+fn run(start: &StartContainer, container: &Container) -> Result<()> {
+    let null = || {
+        fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
+            .context(|| "opening /dev/null")
+    };
+    let streams = ChildStreams::Files { stdin: null()?, stdout: null()?, stderr: null()? };
+    let (process, seccomp) = (container.process()?, start.seccomp.as_ref());
+    let Launched { child, channel } =
+        launch(Launch { container, place: Place::New, process, seccomp, streams })?;
+    let ended = await_end(&child, &channel);
+    match (ended, reap(child.pid)) {
+        (Ok(()), Some(ExitStatus::Code(0))) => Ok(()),
+        (Ok(()), status) => Err(other(format!("the rehearsal's program ended with {status:?}"))),
+        (Err(error), _) => Err(error),
+    }
+}
+
+fn await_end(child: &Child, channel: &AgentEnd) -> Result<()> {
+    await_input(&channel.0)?;
+    if let Some(Message::Failed(error)) = channel.receive() {
+        return Err(error);
+    }
+    await_input(&child.descriptor)
+}
+
+fn await_input(descriptor: impl AsFd) -> Result<()> {
+    let mut descriptors = [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut descriptors, PollTimeout::from(PATIENCE)) {
+            Ok(0) => return Err(other("the rehearsal's program has not ended")),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context(|| "waiting for the rehearsal's program"),
+        }
+    }
+}
