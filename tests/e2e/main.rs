@@ -61,6 +61,7 @@ const SUITES: &[(&str, &[(&str, Story)])] = &[
     ("templates", templates::STORIES),
     ("templates", templates::clocks::STORIES),
     ("templates", templates::clones::STORIES),
+    ("templates", templates::code::STORIES),
     ("templates", templates::damage::STORIES),
     ("templates", templates::boot::STORIES),
     ("programs", programs::STORIES),

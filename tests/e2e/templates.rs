@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod clocks;
 pub mod clones;
+pub mod code;
 pub mod damage;
 
 use std::fs;

@@ -43,12 +43,18 @@ impl FileServer {
             // No request blocks in a way that could be interrupted. This one has no answer.
             opcode::INTERRUPT => 0,
             _ => {
-                let result = self.dispatch(&mut request, &mut reply, pace);
+                // Who sees a change by this answer must not go on to believe what was before an earlier one.
+                let result = match changes_names(request.header.opcode) {
+                    true => self.change(|| self.dispatch(&mut request, &mut reply, pace)),
+                    false => {
+                        let result = self.dispatch(&mut request, &mut reply, pace);
+                        self.hear_changes();
+                        result
+                    }
+                };
                 if pace == Pace::AtOnce && result.is_err_and(has_to_wait) {
                     return None;
                 }
-                // Who sees a change by this answer must not go on to believe what was before an earlier one.
-                self.hear_changes();
                 reply.finish(unique, result)
             }
         })
@@ -220,6 +226,23 @@ impl FileServer {
         }
         Ok(())
     }
+}
+
+/// Whether the watches will tell of a request of this kind itself.
+fn changes_names(opcode: u32) -> bool {
+    matches!(
+        opcode,
+        opcode::CREATE
+            | opcode::MKDIR
+            | opcode::MKNOD
+            | opcode::SYMLINK
+            | opcode::LINK
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::RENAME2
+            | opcode::SETATTR
+    )
 }
 
 fn value(reply: &mut Reply<'_>, value: Value) -> Result<(), Errno> {

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 use nix::sys::stat::Mode;
 
@@ -69,6 +70,10 @@ pub(super) struct Watches {
 #[derive(Debug)]
 struct Queue {
     inotify: Inotify,
+    /// What the listener waits for: it can be read when there are events, unless somebody will hear of them anyway.
+    unheard: Epoll,
+    /// How many threads are changing something, and will hear what came of it.
+    changing: Mutex<usize>,
     /// Has something urgent to tell when anything is mounted or unmounted.
     mounts: OwnedFd,
     /// Held while events are read and become notices.
@@ -182,12 +187,12 @@ impl Watches {
     ) -> Result<OwnedFd, Errno> {
         let watch = lock(&self.registry).by_id.get(&id).copied().filter(|watch| watch.is_quiet);
         let Some((queue, watch)) = self.queue.as_ref().zip(watch) else { return open(OFlag::empty()) };
-        let hearing = lock(&queue.hearing);
+        let (change, hearing) = (queue.change(notices), lock(&queue.hearing));
         let file = match open(OFlag::O_NONBLOCK) {
             // Somebody has to give a lease back first. Nobody else is to wait for that: it will be heard of as an opening by
             // somebody else.
             Err(Errno::EAGAIN) => {
-                drop(hearing);
+                drop((hearing, change));
                 return open(OFlag::empty());
             }
             opened => opened?,
@@ -241,6 +246,13 @@ impl Watches {
                 notices.give(Subject::Contents(id));
             }
         }
+    }
+
+    /// Whether the listener is woken up.
+    #[cfg(test)]
+    pub(super) fn wake(&self) -> bool {
+        let mut events = [EpollEvent::empty()];
+        self.queue.as_ref().is_some_and(|queue| queue.unheard.wait(&mut events, 0u8).unwrap() > 0)
     }
 
     /// How many inodes are watched.
@@ -300,7 +312,44 @@ impl Queue {
         (0..RESERVED_QUEUES).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let mounts = openat(descriptors, c"../mountinfo", flags, Mode::empty())?;
-        Ok(Queue { inotify, mounts, hearing: Mutex::default() })
+        let unheard = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let queue = Queue { inotify, unheard, changing: Mutex::default(), mounts, hearing: Mutex::default() };
+        queue.listen()?;
+        Ok(queue)
+    }
+
+    /// The thread is about to change something, and will hear what comes of it.
+    fn change<'q>(&'q self, notices: &'q Notices) -> Change<'q> {
+        let mut changing = lock(&self.changing);
+        if *changing == 0 {
+            // To wait for nothing would not do: the kernel does not say what for it wakes who listens to this queue. It
+            // cannot fail, the queue is in the set.
+            let _ = self.unheard.delete(&self.inotify);
+        }
+        *changing += 1;
+        Change { queue: self, notices }
+    }
+
+    fn listen(&self) -> Result<(), Errno> {
+        self.unheard.add(&self.inotify, EpollEvent::new(EpollFlags::EPOLLIN, 0))
+    }
+}
+
+/// A change that is under way, of which there will be events: nobody is woken up for them.
+struct Change<'q> {
+    queue: &'q Queue,
+    notices: &'q Notices,
+}
+
+impl Drop for Change<'_> {
+    /// With the last one the listener hears of what is left.
+    fn drop(&mut self) {
+        let mut changing = lock(&self.queue.changing);
+        *changing -= 1;
+        if *changing == 0 && self.queue.listen().is_err() {
+            // For want of memory in the kernel.
+            self.notices.end();
+        }
     }
 }
 
@@ -346,9 +395,8 @@ impl FileServer {
         if self.watches.is_quiet(id) {
             return valid;
         }
-        let Ok(file) = self.open_inode(node, OFlag::O_RDONLY) else { return Validity::SHORT };
-        // That was an event as well. One of another opening can be lost in it, but not who is open.
-        self.watches.hear(&self.notices);
+        // That is an event as well. One of another opening can be lost in it, but not who is open.
+        let Ok(file) = self.change(|| self.open_inode(node, OFlag::O_RDONLY)) else { return Validity::SHORT };
         self.watches.set_quiet(id, true);
         let valid = self.until_notice();
         if writers::may_exist(file.as_fd()) {
@@ -363,6 +411,15 @@ impl FileServer {
     /// The validity of what was seen of an inode since `then` was the validity of something.
     pub(super) fn watched_since(&self, then: Validity, id: u64) -> Validity {
         if then != Validity::SHORT && self.watches.is_quiet(id) { then } else { Validity::SHORT }
+    }
+
+    /// Does something of which there will be events, and makes notices of them. The listener need not be woken up for that.
+    pub(super) fn change<T>(&self, act: impl FnOnce() -> T) -> T {
+        let queue = self.watches.queue.as_ref().filter(|_| self.notices.validity().is_some());
+        let _change = queue.map(|queue| queue.change(&self.notices));
+        let done = act();
+        self.hear_changes();
+        done
     }
 
     /// Makes notices of all that has happened, the server's own changes among it. What it sees from now on has that behind
@@ -393,10 +450,7 @@ impl Listener {
     fn sources(&self) -> Option<[(RawFd, EventSet); 2]> {
         let queue = self.server.watches.queue.as_ref()?;
         // Mounts are told of as an error.
-        Some([
-            (queue.inotify.as_fd().as_raw_fd(), EventSet::IN),
-            (queue.mounts.as_raw_fd(), EventSet::PRIORITY),
-        ])
+        Some([(queue.unheard.0.as_raw_fd(), EventSet::IN), (queue.mounts.as_raw_fd(), EventSet::PRIORITY)])
     }
 }
 

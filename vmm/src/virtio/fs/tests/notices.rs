@@ -163,6 +163,32 @@ fn who_changes_much_at_once_is_heard_of_altogether() {
 }
 
 #[test]
+fn nobody_is_woken_up_for_what_the_guest_changes_itself() {
+    let (guest, ..) = Listening::deaf();
+    let server = &guest.driver.device.server;
+    let make = |name| fs::write(guest.driver.host(name), "").unwrap();
+    server.change(|| {
+        make("first");
+        assert!(!server.watches.wake());
+    });
+    assert!(!server.watches.wake(), "it is heard of");
+    server.change(|| {
+        make("second");
+        // Another one begins and ends meanwhile.
+        server.change(|| make("third"));
+        make("fourth");
+        assert!(!server.watches.wake());
+    });
+    assert!(!server.watches.wake());
+    make("the-hosts");
+    assert!(server.watches.wake());
+    server.change(|| ());
+    assert!(!server.watches.wake());
+    make("another-of-the-hosts");
+    assert!(server.watches.wake());
+}
+
+#[test]
 fn who_waits_for_a_lease_holds_up_nobody() {
     if !is_plain() {
         return;
