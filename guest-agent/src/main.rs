@@ -8,7 +8,7 @@
 
 use std::ffi::CStr;
 
-use rvm_protocol::REHEARSAL;
+use rvm_protocol::REHEARSAL_ARGUMENT;
 
 /// Called by the C runtime, with nothing set up but the C library itself.
 ///
@@ -23,7 +23,7 @@ pub unsafe extern "C" fn main(count: libc::c_int, arguments: *const *const libc:
     let arguments = unsafe { std::slice::from_raw_parts(arguments, count) };
     // SAFETY: as above.
     let mut arguments = arguments.iter().map(|argument| unsafe { CStr::from_ptr(*argument) });
-    if arguments.nth(1).is_some_and(|argument| argument.to_bytes() == REHEARSAL[1].as_bytes()) {
+    if arguments.nth(1).is_some_and(|argument| argument.to_bytes() == REHEARSAL_ARGUMENT.as_bytes()) {
         return 0;
     }
     rvm_agent::boot::run()

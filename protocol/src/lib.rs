@@ -48,8 +48,11 @@ pub const ROOTFS_TAG: &str = "rootfs";
 /// The ID of the container of a [`Request::Rehearse`], which can be that of no other, and the name of its cgroup.
 pub const REHEARSAL_ID: &str = "~rehearsal";
 
-/// The program of the container of a [`Request::Rehearse`]: the agent's own, which ends at once when it is told so.
-pub const REHEARSAL: [&str; 2] = ["/init", "rehearsal"];
+/// Where the agent's program is in the guest's own root.
+pub const AGENT_PATH: &str = "/init";
+
+/// The argument with which that program, in the container of a [`Request::Rehearse`], ends at once.
+pub const REHEARSAL_ARGUMENT: &str = "rehearsal";
 
 /// Ceiling of the open files of a process (`fs.nr_open`) in the guest: far above whatever a host grants, as systemd has it.
 pub const MOST_OPEN_FILES: u64 = 1_073_741_816;

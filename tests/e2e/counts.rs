@@ -15,19 +15,20 @@ use crate::command::{docker, docker_start, run, shell};
 pub const STORIES: &[(&str, Story)] = &[
     ("a_start_takes_no_more_than_it_did", a_start_takes_no_more_than_it_did),
     ("an_idle_guest_sleeps", an_idle_guest_sleeps),
+    ("nobody_is_woken_up_for_what_a_guest_changes", nobody_is_woken_up_for_what_a_guest_changes),
 ];
 
 /// The same script makes the figures of `cargo xtask bench start`.
 const COUNT: &str = include_str!("../counts/count");
 
 /// The most that may be counted: some two fifths above what was counted when it was set, after other stories. Where the
-/// host's memory is in one piece there are fewer exits, 280 with a template and 75 of an `exec`.
+/// host's memory is in one piece there are fewer exits, 243 with a template and 75 of an `exec`.
 const BOUNDS: &[(&str, &str, u64)] = &[
     ("cold", "exits", 1_100),
     ("cold", "faults", 2_750),
     ("cold", "bytesRead", 12_000_000),
-    ("template", "exits", 560),
-    ("template", "faults", 3_600),
+    ("template", "exits", 510),
+    ("template", "faults", 3_000),
     ("template", "bytesRead", 2_900_000),
     ("exec", "exits", 190),
     ("exec", "faults", 235),
@@ -62,9 +63,9 @@ fn an_idle_guest_sleeps() -> Result<()> {
     let monitor = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.expect_code(0)?.text();
     // The guest's kernel has reported by then what memory it does not need.
     thread::sleep(Duration::from_secs(8));
-    let before = wakes(&monitor)?;
+    let before = wakes(&monitor, "vcpu0")?;
     thread::sleep(A_WHILE);
-    let woken = wakes(&monitor)? - before;
+    let woken = wakes(&monitor, "vcpu0")? - before;
     docker(&["rm", "-f", &id])?.expect_code(0)?;
     ensure!(
         woken <= WAKES,
@@ -74,9 +75,28 @@ fn an_idle_guest_sleeps() -> Result<()> {
     Ok(())
 }
 
-/// How often the first vCPU of a machine has gone to sleep.
-fn wakes(monitor: &str) -> Result<u64> {
-    let find = format!("grep -lx vcpu0 /proc/{monitor}/task/*/comm | xargs dirname");
+/// How many files a guest makes and removes, and how often the thread that listens for changes may wake up meanwhile: 131 and
+/// 172 were counted, most of them for files that the guest forgets, and 647 when it listened to the guest's own changes.
+const FILES: u64 = 200;
+const TURNS: u64 = 2 * FILES;
+
+fn nobody_is_woken_up_for_what_a_guest_changes() -> Result<()> {
+    let id = docker_start(&["-v", "/folder", "busybox", "sleep", "1000"])?;
+    let monitor = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.expect_code(0)?.text();
+    let work = format!("cd /folder; for i in $(seq {FILES}); do : > file-$i; done; rm file-*; ls | wc -l");
+    let exec = || docker(&["exec", &id, "sh", "-c", &work])?.expect_code(0);
+    ensure!(exec()?.text() == "0", "the first time the guest learns of the folder and of the programs");
+    let before = wakes(&monitor, "fs-notices")?;
+    exec()?;
+    let woken = wakes(&monitor, "fs-notices")? - before;
+    docker(&["rm", "-f", "-v", &id])?.expect_code(0)?;
+    ensure!(woken <= TURNS, "who listens for changes of the host's files woke up {woken} times");
+    Ok(())
+}
+
+/// How often a thread of a monitor has gone to sleep.
+fn wakes(monitor: &str, thread: &str) -> Result<u64> {
+    let find = format!("grep -lx {thread} /proc/{monitor}/task/*/comm | xargs dirname");
     let thread = shell(&find)?.expect_code(0)?.text();
     let status = fs::read_to_string(format!("{thread}/status"))?;
     let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));

@@ -12,19 +12,19 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
-use rvm_protocol::{ExitStatus, StartContainer};
+use rvm_protocol::{ExitStatus, REHEARSAL_ID, StartContainer};
 
 use crate::container::{Container, RootSource, Settings};
 use crate::error::{Context, Result, other};
-use crate::process::channel::{AgentEnd, Message};
+use crate::process::channel::Message;
 use crate::process::launch::{ChildStreams, Launch, Launched, Place, launch};
-use crate::sys::process::{Child, reap};
-
-/// How long the program may take to end, in milliseconds.
-const PATIENCE: u16 = 30_000;
+use crate::sys::process::reap;
 
 /// Starts such a container, and returns when nothing is left of it but its cgroup.
 pub(super) fn rehearse(start: &StartContainer, settings: &Settings) -> Result<()> {
+    if start.id != REHEARSAL_ID {
+        return Err(other(format!("a rehearsal has the ID {REHEARSAL_ID}, and not {}", start.id)));
+    }
     let settings = Settings { source: RootSource::Directory("/".into()), ..settings.clone() };
     let container = Container::prepare(start, &settings)?;
     let ended = run(start, &container);
@@ -41,30 +41,27 @@ fn run(start: &StartContainer, container: &Container) -> Result<()> {
     let (process, seccomp) = (container.process()?, start.seccomp.as_ref());
     let Launched { child, channel } =
         launch(Launch { container, place: Place::New, process, seccomp, streams })?;
-    let ended = await_end(&child, &channel);
-    match (ended, reap(child.pid)) {
-        (Ok(()), Some(ExitStatus::Code(0))) => Ok(()),
-        (Ok(()), status) => Err(other(format!("the rehearsal's program ended with {status:?}"))),
-        (Err(error), _) => Err(error),
-    }
-}
-
-fn await_end(child: &Child, channel: &AgentEnd) -> Result<()> {
     await_input(&channel.0)?;
     if let Some(Message::Failed(error)) = channel.receive() {
+        // The agent reaps the child when it has ended.
         return Err(error);
     }
-    await_input(&child.descriptor)
+    await_input(&child.descriptor)?;
+    match reap(child.pid) {
+        Some(ExitStatus::Code(0)) => Ok(()),
+        Some(status) => Err(other(format!("its process ended with {status:?}"))),
+        None => Err(other("its process was not this one's child")),
+    }
 }
 
+/// Waits without an end: the host gives a guest that takes too long up, and knows how much of a processor it has.
 fn await_input(descriptor: impl AsFd) -> Result<()> {
     let mut descriptors = [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)];
     loop {
-        match poll(&mut descriptors, PollTimeout::from(PATIENCE)) {
-            Ok(0) => return Err(other("the rehearsal's program has not ended")),
+        match poll(&mut descriptors, PollTimeout::NONE) {
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context(|| "waiting for the rehearsal's program"),
+            Err(errno) => return Err(errno).context(|| "waiting for its process"),
         }
     }
 }

@@ -101,7 +101,6 @@ impl Container {
         let disks = Disks::find(&start.disks)?;
         disks.translate(&mut spec);
         let linux = spec.linux().as_ref();
-        mount_pristine(settings)?;
         if let Some(values) = linux.and_then(|linux| linux.sysctl().as_ref()) {
             sysctl::write_network(values)?;
         }
@@ -116,6 +115,8 @@ impl Container {
             cgroup.set_memory_limit(limit)?;
         }
         let sysfs = linux.is_some_and(namespaces::wants_user_namespace).then(make_sysfs).transpose()?;
+        // Last, so that nothing is mounted where anything else fails.
+        mount_pristine(settings)?;
         Ok(Self {
             id: start.id.clone(),
             hook_state: start.hook_state.clone(),

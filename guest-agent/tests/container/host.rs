@@ -127,6 +127,19 @@ impl Host {
         self.request(Request::Rehearse(start_request(REHEARSAL_ID, spec, streams, None)))
     }
 
+    /// What the agent has, as its parent's child, from outside of its namespaces.
+    pub fn traces(&self) -> Traces {
+        let children = |pid: &str| {
+            fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap().trim().to_owned()
+        };
+        let agent = children(&self.agent.id().to_string());
+        Traces {
+            children: children(&agent),
+            descriptors: fs::read_dir(format!("/proc/{agent}/fd")).unwrap().count(),
+            mounts: fs::read_to_string(format!("/proc/{agent}/mountinfo")).unwrap(),
+        }
+    }
+
     /// Starts a further process with pipes.
     pub fn exec(&mut self, id: u32, process: &Value) -> Result<Streams, AgentError> {
         let (streams, wire) = self.pipes();
@@ -279,6 +292,17 @@ impl Host {
         }
         self.arrived[&token.0].try_clone().unwrap()
     }
+}
+
+/// What a process has.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Traces {
+    /// Process IDs.
+    pub children: String,
+    /// How many it has open.
+    pub descriptors: usize,
+    /// Its mount table.
+    pub mounts: String,
 }
 
 impl Drop for Host {

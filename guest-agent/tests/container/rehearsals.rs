@@ -9,7 +9,7 @@ use crate::host::{Host, container, process, shell};
 
 crate::tests![
     a_rehearsal_comes_before_the_container,
-    a_rehearsal_leaves_no_process,
+    a_rehearsal_leaves_the_agent_as_it_was,
     a_rehearsal_that_fails_is_told,
     there_is_no_rehearsal_beside_the_container,
 ];
@@ -24,25 +24,25 @@ fn a_rehearsal_comes_before_the_container() {
     assert_eq!(host.run(&container(&shell("echo done"))).success(), "done\n");
 }
 
-fn a_rehearsal_leaves_no_process() {
+fn a_rehearsal_leaves_the_agent_as_it_was() {
     let mut host = Host::new();
+    let before = host.traces();
     let begin = Instant::now();
     assert_eq!(host.rehearse(&rehearsal("sleep 600 & echo lost")), Ok(Reply::Done));
     assert!(begin.elapsed() < Duration::from_secs(300), "it does not wait for others than its first process");
-    // In the guest's namespace of processes it would be seen.
-    let mut spec = container(&shell("cat /proc/[0-9]*/comm"));
-    spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
-    let names = host.run(&spec).success();
-    assert!(names.lines().any(|name| name == "cat"), "{names}");
-    assert!(names.lines().all(|name| name != "sleep"), "{names}");
+    assert_eq!(host.traces(), before);
+    assert!(before.children.is_empty() && before.descriptors > 3 && before.mounts.contains(" /proc "));
 }
 
 fn a_rehearsal_that_fails_is_told() {
     let mut host = Host::new();
     let error = host.rehearse(&rehearsal("exit 3")).unwrap_err();
-    assert_eq!(error.message, "the rehearsal's program ended with Some(Code(3))");
+    assert_eq!(error.message, "its process ended with Code(3)");
+    let before = host.traces();
     // Its cgroup is there, and the next one cannot have it.
-    assert!(host.rehearse(&rehearsal("true")).is_err());
+    let error = host.rehearse(&rehearsal("true")).unwrap_err();
+    assert!(error.message.contains("making the cgroup"), "{error}");
+    assert_eq!(host.traces(), before);
     assert_eq!(host.run(&container(&shell("echo done"))).success(), "done\n");
 
     let error = Host::new().rehearse(&container(&process(&["/nope"]))).unwrap_err();

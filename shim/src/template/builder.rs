@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::{FromAgent, REHEARSAL, REHEARSAL_ID, Request};
+use rvm_protocol::{AGENT_PATH, FromAgent, REHEARSAL_ARGUMENT, REHEARSAL_ID, Request};
 use rvm_vmm::BootSource;
 use serde::{Deserialize, Serialize};
 
@@ -102,13 +102,14 @@ pub(super) fn come_up(built: Built, root: &Path) -> Result<(Booting, Agent), Tem
 /// Has a guest start a container that nobody asked for. What its kernel does for the first one only, it has done then for all
 /// that go on from its state.
 fn rehearse(booting: &Booting, agent: &mut Agent, root: &Path) -> Result<(), TemplateError> {
-    let start = trial::container(REHEARSAL_ID, root, &REHEARSAL).map_err(TemplateError::guest)?;
+    let start = trial::container(REHEARSAL_ID, root, &[AGENT_PATH, REHEARSAL_ARGUMENT])
+        .map_err(TemplateError::container)?;
     let number = agent.request(Request::Rehearse(Box::new(start))).map_err(TemplateError::guest)?;
     let answer = await_message(booting, agent, |message| match message {
         FromAgent::Reply { request, result } if request == number => Some(result),
         _ => None,
     })?;
-    answer.map(drop).map_err(TemplateError::guest)
+    answer.map(drop).map_err(TemplateError::container)
 }
 
 /// Waits for the message that is looked for.

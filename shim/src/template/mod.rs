@@ -69,6 +69,9 @@ pub enum TemplateError {
     /// The guest does not come up.
     #[error("the guest does not come up: {0}")]
     Guest(String),
+    /// No container starts in the guest.
+    #[error("no container starts in the guest: {0}")]
+    Container(String),
     /// There is no such template.
     #[error("there is no template {0}; 'rvm template list' shows those there are")]
     Absent(String),
@@ -94,6 +97,10 @@ impl From<MonitorError> for TemplateError {
 impl TemplateError {
     fn guest(error: impl std::fmt::Display) -> TemplateError {
         TemplateError::Guest(error.to_string())
+    }
+
+    fn container(error: impl std::fmt::Display) -> TemplateError {
+        TemplateError::Container(error.to_string())
     }
 
     /// Makes the closure that `map_err` wants.

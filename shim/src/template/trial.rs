@@ -27,7 +27,7 @@ const PROGRAM: &str = "program";
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
     make_program(&root.join(PROGRAM))
         .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
-    let start = container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::guest)?;
+    let start = container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::container)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
     let number = agent.request(Request::Start(Box::new(start))).map_err(TemplateError::guest)?;
@@ -36,9 +36,9 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
         FromAgent::Exited { status, .. } => Some(Ok(status)),
         _ => None,
     })?;
-    match ended.map_err(TemplateError::guest)? {
+    match ended.map_err(TemplateError::container)? {
         ExitStatus::Code(0) => {}
-        other => return Err(TemplateError::Guest(format!("a container's program ended with {other:?}"))),
+        other => return Err(TemplateError::container(format!("its program ended with {other:?}"))),
     }
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())

@@ -97,8 +97,9 @@ impl Notices {
 
     /// Changes are not heard of, now or ever. What the guest was told until now is not valid any more.
     pub(super) fn end(&self) {
-        self.give(Subject::Everything);
+        // First, so that nothing is told any more to be valid until a notice, of which this was the last.
         lock(&self.state).deaf = true;
+        self.give(Subject::Everything);
     }
 
     /// The validity of what is looked at from now on, as seconds of a reply; none where the guest takes no notices.

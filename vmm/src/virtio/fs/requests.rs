@@ -24,6 +24,7 @@ use crate::virtio::{Activation, Interrupt};
 
 /// How many requests are served before something else gets its turn.
 const BATCH: usize = 64;
+
 /// A queue of requests of an active device.
 pub(super) struct Requests {
     memory: GuestMemory,

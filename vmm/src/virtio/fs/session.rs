@@ -43,15 +43,13 @@ impl FileServer {
             // No request blocks in a way that could be interrupted. This one has no answer.
             opcode::INTERRUPT => 0,
             _ => {
+                // What may take long must not keep others from hearing of the host's changes.
+                let is_brief = pace == Pace::AtOnce && causes_events(request.header.opcode);
+                let change = is_brief.then(|| self.begin_change());
+                let result = self.dispatch(&mut request, &mut reply, pace);
                 // Who sees a change by this answer must not go on to believe what was before an earlier one.
-                let result = match changes_names(request.header.opcode) {
-                    true => self.change(|| self.dispatch(&mut request, &mut reply, pace)),
-                    false => {
-                        let result = self.dispatch(&mut request, &mut reply, pace);
-                        self.hear_changes();
-                        result
-                    }
-                };
+                self.hear_changes();
+                drop(change);
                 if pace == Pace::AtOnce && result.is_err_and(has_to_wait) {
                     return None;
                 }
@@ -228,8 +226,9 @@ impl FileServer {
     }
 }
 
-/// Whether the watches will tell of a request of this kind itself.
-fn changes_names(opcode: u32) -> bool {
+/// Whether to serve a request of this kind causes events, of names, and does not take long where names are quick: what is
+/// removed is pinned meanwhile, so that its space is given back later.
+fn causes_events(opcode: u32) -> bool {
     matches!(
         opcode,
         opcode::CREATE
@@ -241,7 +240,6 @@ fn changes_names(opcode: u32) -> bool {
             | opcode::RMDIR
             | opcode::RENAME
             | opcode::RENAME2
-            | opcode::SETATTR
     )
 }
 

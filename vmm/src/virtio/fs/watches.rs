@@ -72,7 +72,7 @@ struct Queue {
     inotify: Inotify,
     /// What the listener waits for: it can be read when there are events, unless somebody will hear of them anyway.
     unheard: Epoll,
-    /// How many threads are changing something, and will hear what came of it.
+    /// How many changes are under way that threads make which will hear what came of them.
     changing: Mutex<usize>,
     /// Has something urgent to tell when anything is mounted or unmounted.
     mounts: OwnedFd,
@@ -248,6 +248,12 @@ impl Watches {
         }
     }
 
+    /// A change that is under way.
+    #[cfg(test)]
+    pub(super) fn change<'w>(&'w self, notices: &'w Notices) -> Change<'w> {
+        self.queue.as_ref().unwrap().change(notices)
+    }
+
     /// Whether the listener is woken up.
     #[cfg(test)]
     pub(super) fn wake(&self) -> bool {
@@ -323,7 +329,7 @@ impl Queue {
         let mut changing = lock(&self.changing);
         if *changing == 0 {
             // To wait for nothing would not do: the kernel does not say what for it wakes who listens to this queue. It
-            // cannot fail, the queue is in the set.
+            // fails only where it was not put back.
             let _ = self.unheard.delete(&self.inotify);
         }
         *changing += 1;
@@ -336,7 +342,7 @@ impl Queue {
 }
 
 /// A change that is under way, of which there will be events: nobody is woken up for them.
-struct Change<'q> {
+pub(super) struct Change<'q> {
     queue: &'q Queue,
     notices: &'q Notices,
 }
@@ -347,7 +353,7 @@ impl Drop for Change<'_> {
         let mut changing = lock(&self.queue.changing);
         *changing -= 1;
         if *changing == 0 && self.queue.listen().is_err() {
-            // For want of memory in the kernel.
+            // For want of memory in the kernel, or because the user waits for too much (`fs.epoll.max_user_watches`).
             self.notices.end();
         }
     }
@@ -395,8 +401,13 @@ impl FileServer {
         if self.watches.is_quiet(id) {
             return valid;
         }
-        // That is an event as well. One of another opening can be lost in it, but not who is open.
-        let Ok(file) = self.change(|| self.open_inode(node, OFlag::O_RDONLY)) else { return Validity::SHORT };
+        let _change = self.begin_change();
+        // Whoever has a lease is not waited for.
+        let Ok(file) = self.open_inode(node, OFlag::O_RDONLY | OFlag::O_NONBLOCK) else {
+            return Validity::SHORT;
+        };
+        // That was an event as well. One of another opening can be lost in it, but not who is open.
+        self.watches.hear(&self.notices);
         self.watches.set_quiet(id, true);
         let valid = self.until_notice();
         if writers::may_exist(file.as_fd()) {
@@ -413,13 +424,11 @@ impl FileServer {
         if then != Validity::SHORT && self.watches.is_quiet(id) { then } else { Validity::SHORT }
     }
 
-    /// Does something of which there will be events, and makes notices of them. The listener need not be woken up for that.
-    pub(super) fn change<T>(&self, act: impl FnOnce() -> T) -> T {
+    /// The thread is about to do something brief of which there will be events, and will hear them itself. Where nobody takes
+    /// notices nobody listens.
+    pub(super) fn begin_change(&self) -> Option<Change<'_>> {
         let queue = self.watches.queue.as_ref().filter(|_| self.notices.validity().is_some());
-        let _change = queue.map(|queue| queue.change(&self.notices));
-        let done = act();
-        self.hear_changes();
-        done
+        queue.map(|queue| queue.change(&self.notices))
     }
 
     /// Makes notices of all that has happened, the server's own changes among it. What it sees from now on has that behind

@@ -18,8 +18,14 @@ use crate::virtio::testing::{Guest, Part};
 
 const QUEUE: usize = REQUEST_QUEUE as usize;
 
+/// Waits until the device's thread has nothing to do: it looks for a next request after each answer.
+fn settle(driver: &Driver) {
+    worker::enter(&driver.device.events, &driver.device.server).unwrap();
+}
+
 /// Offers a request and does not tell the device.
 fn push(driver: &mut Driver, unique: u64, opcode: u32, nodeid: u64, arguments: &[u8], room: u32) {
+    settle(driver);
     let len = (size_of::<InHeader>() + arguments.len()) as u32;
     let header = InHeader { len, opcode, unique, nodeid, ..Default::default() };
     let request = [header.as_slice(), arguments].concat();
@@ -42,6 +48,7 @@ fn open_file(driver: &mut Driver, contents: &[u8]) -> (u64, u64) {
 
 /// Takes the interrupts of what was answered until now.
 fn hear(driver: &Driver) {
+    settle(driver);
     while driver.guest.interrupted() {}
 }
 

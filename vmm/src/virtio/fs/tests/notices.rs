@@ -165,27 +165,26 @@ fn who_changes_much_at_once_is_heard_of_altogether() {
 #[test]
 fn nobody_is_woken_up_for_what_the_guest_changes_itself() {
     let (guest, ..) = Listening::deaf();
-    let server = &guest.driver.device.server;
+    let FileServer { watches, notices, .. } = &*guest.driver.device.server;
     let make = |name| fs::write(guest.driver.host(name), "").unwrap();
-    server.change(|| {
-        make("first");
-        assert!(!server.watches.wake());
-    });
-    assert!(!server.watches.wake(), "it is heard of");
-    server.change(|| {
-        make("second");
-        // Another one begins and ends meanwhile.
-        server.change(|| make("third"));
-        make("fourth");
-        assert!(!server.watches.wake());
-    });
-    assert!(!server.watches.wake());
+    let change = watches.change(notices);
+    make("first");
+    // Another one begins and ends meanwhile.
+    drop(watches.change(notices));
+    make("second");
+    assert!(!watches.wake());
+    guest.driver.device.server.hear_changes();
+    drop(change);
+    assert!(!watches.wake(), "all was heard");
+
+    let change = watches.change(notices);
+    make("third");
+    drop(change);
+    assert!(watches.wake(), "what is left unheard has to be heard by somebody");
+    guest.driver.device.server.hear_changes();
+    assert!(!watches.wake());
     make("the-hosts");
-    assert!(server.watches.wake());
-    server.change(|| ());
-    assert!(!server.watches.wake());
-    make("another-of-the-hosts");
-    assert!(server.watches.wake());
+    assert!(watches.wake());
 }
 
 #[test]
