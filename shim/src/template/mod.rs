@@ -103,6 +103,14 @@ impl TemplateError {
         TemplateError::Container(error.to_string())
     }
 
+    /// What is wrong with a guest that is up, and was to start a container.
+    fn with_container(self) -> TemplateError {
+        match self {
+            TemplateError::Guest(text) => TemplateError::Container(text),
+            other => other,
+        }
+    }
+
     /// Makes the closure that `map_err` wants.
     fn system<E: Into<Cause>>(what: impl Into<String>) -> impl FnOnce(E) -> TemplateError {
         let what = what.into();

@@ -35,8 +35,8 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
         FromAgent::Reply { request, result: Err(error) } if request == number => Some(Err(error)),
         FromAgent::Exited { status, .. } => Some(Ok(status)),
         _ => None,
-    })?;
-    match ended.map_err(TemplateError::container)? {
+    });
+    match ended.map_err(TemplateError::with_container)?.map_err(TemplateError::container)? {
         ExitStatus::Code(0) => {}
         other => return Err(TemplateError::container(format!("its program ended with {other:?}"))),
     }

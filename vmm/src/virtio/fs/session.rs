@@ -226,20 +226,13 @@ impl FileServer {
     }
 }
 
-/// Whether to serve a request of this kind causes events, of names, and does not take long where names are quick: what is
-/// removed is pinned meanwhile, so that its space is given back later.
+/// Whether to serve a request of this kind causes events of names, and mostly takes no time. What is removed does not: it is
+/// pinned meanwhile, so that its space is given back later. What gets another name may have to be copied, to the upper layer of
+/// an overlay.
 fn causes_events(opcode: u32) -> bool {
     matches!(
         opcode,
-        opcode::CREATE
-            | opcode::MKDIR
-            | opcode::MKNOD
-            | opcode::SYMLINK
-            | opcode::LINK
-            | opcode::UNLINK
-            | opcode::RMDIR
-            | opcode::RENAME
-            | opcode::RENAME2
+        opcode::CREATE | opcode::MKDIR | opcode::MKNOD | opcode::SYMLINK | opcode::UNLINK | opcode::RMDIR
     )
 }
 
