@@ -23,6 +23,7 @@ pub unsafe extern "C" fn main(count: libc::c_int, arguments: *const *const libc:
     let arguments = unsafe { std::slice::from_raw_parts(arguments, count) };
     // SAFETY: as above.
     let mut arguments = arguments.iter().map(|argument| unsafe { CStr::from_ptr(*argument) });
+    // No kernel passes this word to its init: the monitor makes its command line.
     if arguments.nth(1).is_some_and(|argument| argument.to_bytes() == REHEARSAL_ARGUMENT.as_bytes()) {
         return 0;
     }

@@ -64,8 +64,9 @@ pub enum Request {
     /// Make the network look like this from now on. What the last configuration had and this one has not goes; what
     /// processes of the container have configured themselves stays.
     Network(NetworkConfig),
-    /// Start a container from the guest's own files, of which the program ends at once, and answer when it is over; of it
-    /// stays an empty cgroup. A guest that is to be captured has then done for all those that go on from there what its kernel does once.
+    /// Start a container from the guest's own files, whose program ends at once, and answer when it has; of it stays an
+    /// empty cgroup. A guest that is to be captured has done then what its kernel does once, for all those that go on from
+    /// there. Not after [`Request::Start`].
     Rehearse(Box<StartContainer>),
     /// Be a machine of your own: the guest goes on from a state that it shares with other guests. Always the first request
     /// to such a guest, and never sent to one that has booted.

@@ -226,9 +226,9 @@ impl FileServer {
     }
 }
 
-/// Whether to serve a request of this kind causes events of names, and mostly takes no time. What is removed does not: it is
-/// pinned meanwhile, so that its space is given back later. What gets another name may have to be copied, to the upper layer of
-/// an overlay.
+/// Whether to serve a request of this kind causes events of names, and takes hardly any time. To remove something does not
+/// either: it is pinned meanwhile, so that its space is given back later. To give it another name may, as a file of an overlay's
+/// lower layer is copied for that.
 fn causes_events(opcode: u32) -> bool {
     matches!(
         opcode,
