@@ -11,7 +11,6 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use nix::fcntl::{self, OFlag};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{self, RebootMode};
 use nix::sys::resource::{self, Resource};
@@ -24,8 +23,8 @@ use crate::agent::Agent;
 use crate::container::{Settings, cgroup};
 use crate::error::{Context, Result, other};
 use crate::host::VsockHost;
-use crate::network;
 use crate::process::launch::IS_CHILD;
+use crate::{network, process};
 
 /// How many open files the agent may have, and processes of the container at most, unless they ask for more: what
 /// systemd gives to services, and so to those of an engine. The kernel's own is that of a much smaller machine.
@@ -124,8 +123,7 @@ fn mount_on(kind: &str, place: &str, options: Option<&str>) -> Result<()> {
 /// Gives every standard stream a file, so that no other descriptor gets one of their numbers.
 fn open_standard_streams() -> Result<()> {
     loop {
-        let file = fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-            .context(|| "opening /dev/null")?;
+        let file = process::open_null()?;
         if file.as_raw_fd() > libc::STDERR_FILENO {
             return Ok(());
         }

@@ -5,6 +5,7 @@ pub mod clocks;
 pub mod clones;
 pub mod code;
 pub mod damage;
+mod mappings;
 
 use std::fs;
 use std::io::{BufRead, BufReader};

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 
 use nix::fcntl::{self, FcntlArg, OFlag};
 use nix::sys::epoll::EpollFlags;
-use nix::sys::stat::Mode;
 use nix::unistd;
 use rvm_protocol::{ProcessId, Reply, STREAM_PORT, SeccompProgram, StandardStreams, StreamToken};
 
@@ -13,7 +12,7 @@ use crate::error::{Context, Result, container_not_running, other};
 use crate::event::Target;
 use crate::process::channel::Message;
 use crate::process::launch::{ChildStreams, Launch, Launched, Place};
-use crate::process::{launch, terminal};
+use crate::process::{launch, open_null, terminal};
 use crate::stream::{Direction, Stream, StreamId};
 use crate::sys::process::{has_executed, send_signal_to, set_terminal_size};
 
@@ -154,8 +153,7 @@ impl Agent {
         opened: &mut Vec<StreamId>,
     ) -> Result<OwnedFd> {
         let Some(token) = token else {
-            return fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-                .context(|| "opening /dev/null");
+            return open_null();
         };
         let (reader, writer) = unistd::pipe2(OFlag::O_CLOEXEC).context(|| "making a pipe")?;
         let (own, childs) = match direction {

@@ -9,15 +9,14 @@
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::Mode;
 use rvm_protocol::{ExitStatus, REHEARSAL_ID, StartContainer};
 
 use crate::container::{Container, RootSource, Settings};
 use crate::error::{Context, Result, other};
 use crate::process::channel::Message;
-use crate::process::launch::{ChildStreams, Launch, Launched, Place, launch};
+use crate::process::launch::{ChildStreams, Launched};
+use crate::process::{Launch, Place, launch, open_null};
 use crate::sys::process::reap;
 
 /// Starts such a container, and returns when nothing is left of it but its cgroup.
@@ -33,11 +32,7 @@ pub(super) fn rehearse(start: &StartContainer, settings: &Settings) -> Result<()
 }
 
 fn run(start: &StartContainer, container: &Container) -> Result<()> {
-    let null = || {
-        fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
-            .context(|| "opening /dev/null")
-    };
-    let streams = ChildStreams::Files { stdin: null()?, stdout: null()?, stderr: null()? };
+    let streams = ChildStreams::Files { stdin: open_null()?, stdout: open_null()?, stderr: open_null()? };
     let (process, seccomp) = (container.process()?, start.seccomp.as_ref());
     let Launched { child, channel } =
         launch(Launch { container, place: Place::New, process, seccomp, streams })?;

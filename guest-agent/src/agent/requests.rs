@@ -46,7 +46,7 @@ impl Agent {
 
     fn start(&mut self, request: u64, start: &StartContainer) -> Result<()> {
         if std::mem::replace(&mut self.started, true) {
-            return Err(other("the container has been started already"));
+            return Err(started_already());
         }
         self.configure_network(&start.network)?;
         let container = Container::prepare(start, &self.settings)?;
@@ -59,7 +59,7 @@ impl Agent {
 
     fn rehearse(&mut self, start: &StartContainer) -> Result<()> {
         if self.started {
-            return Err(other("the container has been started already"));
+            return Err(started_already());
         }
         rehearsal::rehearse(start, &self.settings)
     }
@@ -150,6 +150,10 @@ fn awaken(entropy: &[[u8; 32]; 2], reading: ClockReading) -> Result<Reply> {
 fn set_clock(reading: ClockReading) -> Result<Reply> {
     clock::set(reading).context(|| "setting the clock")?;
     Ok(Reply::Done)
+}
+
+fn started_already() -> AgentError {
+    other("the container has been started already")
 }
 
 fn no_such_process() -> AgentError {

@@ -15,4 +15,16 @@ pub mod scheduling;
 pub mod seccomp;
 pub mod terminal;
 
+use std::os::fd::OwnedFd;
+
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::Mode;
+
+use crate::error::{Context, Result};
+
 pub use launch::{Launch, Place, launch};
+
+/// A stream that takes everything and gives nothing.
+pub fn open_null() -> Result<OwnedFd> {
+    fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).context(|| "opening /dev/null")
+}

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rvm_protocol::{AGENT_PATH, FromAgent, REHEARSAL_ARGUMENT, REHEARSAL_ID, Request};
+use rvm_protocol::{AGENT_PATH, AgentError, FromAgent, REHEARSAL_ARGUMENT, REHEARSAL_ID, Reply, Request};
 use rvm_vmm::BootSource;
 use serde::{Deserialize, Serialize};
 
@@ -63,8 +63,8 @@ pub fn make(
     // As long as there is a connection, the agent waits.
     let (booting, mut agent) = come_up(built, &root)?;
     // A guest that is captured has nothing under way.
-    let greeted = |message| matches!(message, FromAgent::Reply { request: GREETING, .. }).then_some(());
-    await_message(&booting, &mut agent, greeted)?;
+    // What it says is of no interest.
+    let _ = await_answer(&booting, &mut agent, GREETING)?;
     rehearse(&booting, &mut agent, &root)?;
     thread::sleep(REST);
     let recorded = booting.machine.recorded_boot()?;
@@ -105,11 +105,20 @@ fn rehearse(booting: &Booting, agent: &mut Agent, root: &Path) -> Result<(), Tem
     let start = trial::container(REHEARSAL_ID, root, &[AGENT_PATH, REHEARSAL_ARGUMENT])
         .map_err(TemplateError::container)?;
     let number = agent.request(Request::Rehearse(Box::new(start))).map_err(TemplateError::guest)?;
-    let answer = await_message(booting, agent, |message| match message {
+    let answer = await_answer(booting, agent, number).map_err(TemplateError::with_container)?;
+    answer.map(drop).map_err(TemplateError::container)
+}
+
+/// Waits for the answer to a request.
+fn await_answer(
+    booting: &Booting,
+    agent: &mut Agent,
+    number: u64,
+) -> Result<Result<Reply, AgentError>, TemplateError> {
+    await_message(booting, agent, |message| match message {
         FromAgent::Reply { request, result } if request == number => Some(result),
         _ => None,
-    });
-    answer.map_err(TemplateError::with_container)?.map(drop).map_err(TemplateError::container)
+    })
 }
 
 /// Waits for the message that is looked for.

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::mappings::limit;
 use super::{BOOTED, Templates, ensure_says, never_goes_on};
 use crate::Story;
 use crate::bundle::Bundle;
-use crate::command::{Outcome, eventually, rvm, shell};
+use crate::command::{Outcome, eventually, shell};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("machines_that_boot_share_text_and_agent", machines_that_boot_share_text_and_agent),
@@ -42,37 +43,6 @@ impl Templates {
     }
 }
 
-/// A mapping of a file, in bytes.
-#[derive(Debug)]
-struct Mapping {
-    offset: u64,
-    length: u64,
-    /// How much of it the process has written to.
-    written: u64,
-}
-
-/// How a process has mapped a file, in the order of addresses (proc_pid_smaps(5)).
-fn mappings(pid: &str, file: &str) -> Result<Vec<Mapping>> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let hexadecimal = |word: &str| u64::from_str_radix(word, 16);
-    let mut found: Vec<Mapping> = Vec::new();
-    let mut is_it = false;
-    for line in maps.lines() {
-        let words: Vec<_> = line.split_ascii_whitespace().collect();
-        if let Some((start, end)) = words[0].split_once('-') {
-            is_it = words.last() == Some(&file);
-            if is_it {
-                let length = hexadecimal(end)? - hexadecimal(start)?;
-                found.push(Mapping { offset: hexadecimal(words[2])?, length, written: 0 });
-            }
-        } else if is_it && words[0] == "Anonymous:" {
-            let last = found.last_mut().context("a mapping comes first")?;
-            last.written = words[1].parse::<u64>()? << 10;
-        }
-    }
-    Ok(found)
-}
-
 fn machines_that_boot_share_text_and_agent() -> Result<()> {
     let templates = Templates::new()?;
     templates.make()?;
@@ -97,27 +67,22 @@ fn ensure_is_shared(templates: &Templates, kept: &Path, limits: Value) -> Result
     let length = fs::metadata(&file)?.len();
     let bundle = Bundle::new(&["sleep", "1000"])?.edit(|config| {
         never_goes_on(config);
-        for (kind, limit) in limits.as_object().into_iter().flatten() {
-            config["linux"]["resources"][kind] = limit.clone();
-        }
+        limit(config, &limits);
     })?;
-    let mut run = templates.spawn(&bundle, "story")?;
-    eventually("it runs", || Ok(rvm(&["state", "story"])?.text().contains("\"running\"")))?;
-    let state: Value = serde_json::from_str(&rvm(&["state", "story"])?.expect_code(0)?.text())?;
-    let mapped = mappings(&state["pid"].to_string(), &file.to_string_lossy())?;
-    let (sum, written) =
-        mapped.iter().fold((0, 0), |(sum, written), map| (sum + map.length, written + map.written));
-    let first = mapped.iter().map(|map| map.offset).min().context("something is mapped")?;
-    ensure!(
-        first + sum == length && sum < length / MOST_OF_FILE,
-        "with {limits} of {length} bytes it has {mapped:x?}"
-    );
-    let agent = mapped.iter().find(|map| map.offset + map.length == length).context("the end is mapped")?;
-    ensure!(agent.written < agent.length / SHARED, "with {limits} the agent is its own: {agent:?}");
-    ensure!(written < sum / SHARED, "with {limits} it has its own pages: {mapped:x?}");
-    rvm(&["kill", "story", "KILL"])?.expect_code(0)?;
-    run.wait()?;
-    Ok(())
+    templates.look_at(&bundle, &file, |_, mapped| {
+        let (sum, written) =
+            mapped.iter().fold((0, 0), |(sum, written), map| (sum + map.length, written + map.written));
+        let first = mapped.iter().map(|map| map.offset).min().context("something is mapped")?;
+        ensure!(
+            first + sum == length && sum < length / MOST_OF_FILE,
+            "with {limits} of {length} bytes it has {mapped:x?}"
+        );
+        let agent =
+            mapped.iter().find(|map| map.offset + map.length == length).context("the end is mapped")?;
+        ensure!(agent.written < agent.length / SHARED, "with {limits} the agent is its own: {agent:?}");
+        ensure!(written < sum / SHARED, "with {limits} it has its own pages: {mapped:x?}");
+        Ok(())
+    })
 }
 
 fn a_kept_boot_that_is_damaged_is_dropped() -> Result<()> {

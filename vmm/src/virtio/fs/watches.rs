@@ -248,12 +248,6 @@ impl Watches {
         }
     }
 
-    /// A change that is under way.
-    #[cfg(test)]
-    pub(super) fn change<'w>(&'w self, notices: &'w Notices) -> Change<'w> {
-        self.queue.as_ref().unwrap().change(notices)
-    }
-
     /// Whether the listener is woken up.
     #[cfg(test)]
     pub(super) fn wake(&self) -> bool {

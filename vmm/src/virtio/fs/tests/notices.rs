@@ -165,26 +165,26 @@ fn who_changes_much_at_once_is_heard_of_altogether() {
 #[test]
 fn nobody_is_woken_up_for_what_the_guest_changes_itself() {
     let (guest, ..) = Listening::deaf();
-    let FileServer { watches, notices, .. } = &*guest.driver.device.server;
+    let server = &guest.driver.device.server;
     let make = |name| fs::write(guest.driver.host(name), "").unwrap();
-    let change = watches.change(notices);
+    let change = server.begin_change();
     make("first");
     // Another one begins and ends meanwhile.
-    drop(watches.change(notices));
+    drop(server.begin_change());
     make("second");
-    assert!(!watches.wake());
-    guest.driver.device.server.hear_changes();
+    assert!(!server.watches.wake());
+    server.hear_changes();
     drop(change);
-    assert!(!watches.wake(), "all was heard");
+    assert!(!server.watches.wake(), "all was heard");
 
-    let change = watches.change(notices);
+    let change = server.begin_change();
     make("third");
     drop(change);
-    assert!(watches.wake(), "what is left unheard has to be heard by somebody");
-    guest.driver.device.server.hear_changes();
-    assert!(!watches.wake());
+    assert!(server.watches.wake(), "what is left unheard has to be heard by somebody");
+    server.hear_changes();
+    assert!(!server.watches.wake());
     make("the-hosts");
-    assert!(watches.wake());
+    assert!(server.watches.wake());
 }
 
 #[test]
