@@ -119,5 +119,9 @@ fn tell(story: Story) -> anyhow::Result<()> {
     if outcome.is_err() || clean.is_err() {
         command::remove_remains();
     }
-    outcome.and(clean)
+    match (outcome, clean) {
+        // What it has left may tell why it failed.
+        (Err(error), Err(left)) => Err(error.context(format!("{left}"))),
+        (outcome, clean) => outcome.and(clean),
+    }
 }

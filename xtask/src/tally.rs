@@ -12,6 +12,8 @@ pub struct Tally {
     pub failed: u64,
     /// The names of the tests that were left out. Summaries have no names, so they add none.
     pub skipped: Vec<String>,
+    /// What runners said of the tests that failed, line by line.
+    pub said: Vec<String>,
 }
 
 impl Tally {
@@ -24,7 +26,7 @@ impl Tally {
             passed: count(line, "passed"),
             // nextest counts apart what did not fail an assertion but ended otherwise.
             failed: ["failed", "exec failed", "timed out"].iter().map(|word| count(line, word)).sum(),
-            skipped: Vec::new(),
+            ..Self::default()
         })
     }
 
@@ -40,6 +42,7 @@ impl AddAssign for Tally {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped.extend(other.skipped);
+        self.said.extend(other.said);
     }
 }
 
@@ -94,7 +97,7 @@ mod tests {
     #[test]
     fn tallies_add_up() {
         let mut sum = Tally { passed: 1, ..Tally::default() };
-        sum += Tally { passed: 2, failed: 5, skipped: Vec::new() };
+        sum += Tally { passed: 2, failed: 5, ..Tally::default() };
         assert_eq!(sum.to_string(), "3 passed, 5 failed");
         sum += Tally { skipped: vec!["x".into()], ..Tally::default() };
         assert_eq!(sum.to_string(), "3 passed, 5 failed, 1 skipped");

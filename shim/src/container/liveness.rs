@@ -22,21 +22,20 @@ pub struct ProcessIdentity {
 impl ProcessIdentity {
     /// The identity of a process that exists, be it a zombie.
     pub fn of(pid: i32) -> io::Result<ProcessIdentity> {
-        let (_, start_time) = read_stat(pid)?;
-        Ok(ProcessIdentity { pid, start_time })
+        Ok(ProcessIdentity { pid, start_time: read_stat(pid)? })
     }
 
     /// Whether it runs. A zombie has ended: only its parent has not asked yet.
     pub fn is_alive(self) -> bool {
-        read_stat(self.pid)
-            .is_ok_and(|(state, start_time)| start_time == self.start_time && !matches!(state, 'Z' | 'X'))
+        self.open().is_some()
     }
 
     /// A handle that stays with this very process; none when it has ended.
     pub fn open(self) -> Option<ProcessHandle> {
-        let fd = pidfd_open(self.pid).ok()?;
+        let handle = ProcessHandle { fd: pidfd_open(self.pid).ok()? };
         // Asked after the handle was made: if the process is the right one now, the handle is its.
-        self.is_alive().then_some(ProcessHandle { fd })
+        let is_it = read_stat(self.pid).is_ok_and(|start_time| start_time == self.start_time);
+        (is_it && !handle.wait(Duration::ZERO)).then_some(handle)
     }
 
     /// Sends a signal. False when the process has ended.
@@ -70,7 +69,8 @@ impl ProcessHandle {
         }
     }
 
-    /// Waits until the process has ended; false when it has not within `limit`.
+    /// Waits until the process has ended, with all its threads: its first one alone may be a zombie long before, while the
+    /// others have its files and memory. False when that is not so within `limit`.
     pub fn wait(&self, limit: Duration) -> bool {
         let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
@@ -96,29 +96,32 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-fn read_stat(pid: i32) -> io::Result<(char, u64)> {
+/// The start time of a process.
+fn read_stat(pid: i32) -> io::Result<u64> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat"))?)
         .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown form")))
 }
 
-/// State and start time. The second field is the command's name, which may hold blanks and parentheses.
-fn parse_stat(stat: &str) -> Option<(char, u64)> {
+/// The start time. The second field is the command's name, which may hold blanks and parentheses.
+fn parse_stat(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_ascii_whitespace();
-    let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use std::process::Command;
 
+    use nix::sched::{CloneFlags, clone};
+    use nix::sys::wait::waitpid;
+    use nix::unistd::{ForkResult, Pid, fork};
+
     use super::*;
 
     #[test]
     fn a_name_with_parentheses_does_not_confuse() {
         let stat = "7 (a) b) (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9";
-        assert_eq!(parse_stat(stat), Some(('S', 4242)));
+        assert_eq!(parse_stat(stat), Some(4242));
         assert_eq!(parse_stat("7 (cut"), None);
         assert_eq!(parse_stat("7 (cut) S 1 2"), None);
     }
@@ -135,6 +138,49 @@ mod tests {
         assert!(!identity.is_alive(), "not waited for, and yet it has ended");
         child.wait().unwrap();
         assert!(!identity.signal(libc::SIGKILL).unwrap());
+    }
+
+    /// A process whose first thread has ended, and another one has not.
+    fn without_first_thread() -> i32 {
+        const THREAD: CloneFlags = CloneFlags::CLONE_VM
+            .union(CloneFlags::CLONE_FS)
+            .union(CloneFlags::CLONE_FILES)
+            .union(CloneFlags::CLONE_SIGHAND)
+            .union(CloneFlags::CLONE_THREAD);
+        let mut stack = vec![0; 64 << 10];
+        // SAFETY: the child takes no lock that another thread of this process could hold, but malloc's, which fork frees.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => child.as_raw(),
+            ForkResult::Child => {
+                let pause = Box::new(|| {
+                    loop {
+                        nix::unistd::pause();
+                    }
+                });
+                // SAFETY: the thread has a stack of its own, which lives as long as the process, and touches nothing else.
+                let cloned = unsafe { clone(pause, &mut stack, THREAD, None) };
+                let code = i32::from(cloned.is_err());
+                // SAFETY: this ends the calling thread alone, which has nothing left to do.
+                unsafe { libc::syscall(libc::SYS_exit, code) };
+                unreachable!("exit does not return")
+            }
+        }
+    }
+
+    #[test]
+    fn a_process_lives_as_long_as_any_of_its_threads() {
+        let child = without_first_thread();
+        let identity = ProcessIdentity::of(child).unwrap();
+        let state = || fs::read_to_string(format!("/proc/{child}/stat")).unwrap();
+        while !state().contains(") Z ") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(identity.is_alive(), "only its first thread is a zombie");
+        let handle = identity.open().unwrap();
+        assert!(handle.signal(libc::SIGKILL).unwrap());
+        assert!(handle.wait(Duration::from_secs(60)));
+        assert!(!identity.is_alive());
+        waitpid(Pid::from_raw(child), None).unwrap();
     }
 
     #[test]

@@ -30,11 +30,15 @@ impl Report {
         passed
     }
 
-    /// Repeats which parts failed, says which tests were left out without a reason, and prints the tally as the last line.
+    /// Repeats what failed, says which tests were left out without a reason, and prints the tally as the last line.
     pub fn close(self) -> ExitCode {
         let unexpected = skips::unexpected(&self.tally.skipped);
         let _ = io::stdout().flush();
         eprintln!();
+        // Hours of output may lie between a failed test and the end, and some see the end only.
+        for line in &self.tally.said {
+            eprintln!("{line}");
+        }
         for part in &self.failed {
             eprintln!("failed: {part}");
         }
@@ -70,16 +74,28 @@ pub fn tallied_to(to: impl Write, command: &mut Command, what: &str, tally: &mut
     Ok(())
 }
 
-/// Copies lines, and adds the summaries and left out tests among them to `tally`; returns how many summaries there were.
+/// The most lines of what a runner says of its failed tests that are repeated.
+const MAX_SAID: usize = 80;
+
+/// Copies lines, and adds the summaries, left out tests and words about failed ones among them to `tally`; returns how many
+/// summaries there were.
 fn count(mut from: impl BufRead, mut to: impl Write, tally: &mut Tally) -> Result<usize> {
     let mut summaries = 0;
     let mut line = Vec::new();
+    let mut tells_why = false;
+    let enough = tally.said.len() + MAX_SAID;
     while from.read_until(b'\n', &mut line)? > 0 {
         to.write_all(&line)?;
         let text = String::from_utf8_lossy(&line);
         if let Some(found) = Tally::of_line(&text) {
             *tally += found;
             summaries += 1;
+            tells_why = false;
+        }
+        // From these words on cargo test, and what prints like it, tells why tests failed, until the summary.
+        tells_why |= text.trim_end() == "failures:";
+        if tells_why && tally.said.len() < enough {
+            tally.said.push(text.trim_end().to_owned());
         }
         tally.skipped.extend(skips::reported(&text));
         line.clear();
@@ -148,6 +164,21 @@ mod tests {
         };
         assert_eq!(close("no::such_test"), format!("{:?}", ExitCode::FAILURE));
         assert_eq!(close(skips::EXPECTED[0].0), format!("{:?}", ExitCode::SUCCESS));
+    }
+
+    #[test]
+    fn what_is_said_of_failed_tests_is_kept_for_the_end() {
+        let output = "running 2 tests\ntest a ... ok\ntest b ... FAILED\n\nfailures:\n\n---- b ----\nit broke\n\n\
+                      failures:\n    b\n\ntest result: FAILED. 1 passed; 1 failed\nThe longest: b\n";
+        let mut tally = Tally::default();
+        count(output.as_bytes(), io::sink(), &mut tally).unwrap();
+        assert_eq!(tally.said, ["failures:", "", "---- b ----", "it broke", "", "failures:", "    b", ""]);
+
+        let endless =
+            format!("failures:\n{}test result: FAILED. 0 passed; 1 failed\n", "line\n".repeat(1000));
+        let mut tally = Tally::default();
+        count(endless.as_bytes(), io::sink(), &mut tally).unwrap();
+        assert_eq!((tally.said.len(), tally.failed), (MAX_SAID, 1));
     }
 
     #[test]
