@@ -22,6 +22,7 @@ use crate::command::{Outcome, eventually, finish, shell, wait_for};
 
 pub const STORIES: &[(&str, Story)] = &[
     ("the_second_container_does_not_boot", the_second_container_does_not_boot),
+    ("a_clone_without_a_network_has_no_name_server", a_clone_without_a_network_has_no_name_server),
     ("a_template_is_made_by_hand", a_template_is_made_by_hand),
     ("many_first_containers_make_one_template", many_first_containers_make_one_template),
     ("a_full_disk_costs_the_template_alone", a_full_disk_costs_the_template_alone),
@@ -115,6 +116,17 @@ fn the_second_container_does_not_boot() -> Result<()> {
         ensure!(next.text() == "hello", "it said {:?}", next.text());
     }
     ensure!(templates.keys()? == [key], "no more are made");
+    Ok(())
+}
+
+/// The guest that is captured listens in the place of Docker's, since most of its clones will have to.
+fn a_clone_without_a_network_has_no_name_server() -> Result<()> {
+    let templates = Templates::new()?;
+    templates.make()?;
+    let ask = "nc -w 5 127.0.0.11 53 </dev/null 2>&1; nslookup example.com 127.0.0.11 2>&1; true";
+    let clone = templates.run(&Bundle::new(&["sh", "-c", ask])?)?;
+    ensure_says(&clone, RESUMED)?;
+    ensure!(clone.text().matches("Connection refused").count() >= 2, "{}", clone.text());
     Ok(())
 }
 

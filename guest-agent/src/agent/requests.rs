@@ -48,6 +48,10 @@ impl Agent {
         if std::mem::replace(&mut self.started, true) {
             return Err(started_already());
         }
+        if start.network.interfaces.is_empty() {
+            // Of a rehearsal. What is sent to it from now on is refused, as where nobody ever listened.
+            self.resolver = None;
+        }
         self.configure_network(&start.network)?;
         let container = Container::prepare(start, &self.settings)?;
         let process = container.process()?.clone();
@@ -61,12 +65,21 @@ impl Agent {
         if self.started {
             return Err(started_already());
         }
-        rehearsal::rehearse(start, &self.settings)
+        rehearsal::rehearse(start, &self.settings)?;
+        // Most containers have a network, and it is the same for all of them.
+        self.start_resolver()
     }
 
     fn configure_network(&mut self, config: &NetworkConfig) -> Result<()> {
         self.network.configure(config)?;
-        if self.resolver.is_none() && !config.interfaces.is_empty() {
+        match config.interfaces.is_empty() {
+            true => Ok(()),
+            false => self.start_resolver(),
+        }
+    }
+
+    fn start_resolver(&mut self) -> Result<()> {
+        if self.resolver.is_none() {
             self.resolver = Some(Resolver::start(&self.poller, &self.settings.cgroups)?);
         }
         Ok(())

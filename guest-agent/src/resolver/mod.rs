@@ -14,11 +14,10 @@ mod upstream;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use nix::sys::epoll::EpollFlags;
-use rvm_protocol::{Lookup, MAX_DNS_MESSAGE, Transport};
+use rvm_protocol::{HOST_PORTS, Lookup, MAX_DNS_MESSAGE, Transport};
 
 use self::client::Client;
 use self::upstream::Upstream;
@@ -35,7 +34,7 @@ const MAX_ASKED: usize = 1024;
 const MAX_CLIENTS: usize = 32;
 /// How many datagrams are read before others of the agent's loop get their turn.
 const BATCH: usize = 16;
-/// How often a port that is free for datagrams may be taken for streams.
+/// How many ports are tried.
 const ATTEMPTS: usize = 16;
 
 /// The listener, and who waits for what.
@@ -48,8 +47,6 @@ pub struct Resolver {
     /// By the numbers of their queries, which grow.
     asked: BTreeMap<u32, Asker>,
     next_query: u32,
-    /// The programs that lead to the listener.
-    _redirection: Vec<OwnedFd>,
 }
 
 /// Who gets an answer.
@@ -61,12 +58,12 @@ enum Asker {
 impl Resolver {
     /// Listens for all processes of the guest.
     pub fn start(poller: &Poller, cgroup: &Path) -> Result<Resolver> {
-        let mut resolver = Resolver::listen(poller, *DOCKER.ip())
+        let resolver = Resolver::listen(poller, *DOCKER.ip())
             .context(|| "listening in the place of Docker's name server")?;
         let port = resolver.datagrams.local_addr().context(|| "asking for a port")?.port();
         let namespace =
             redirect::namespace_of(&resolver.datagrams).context(|| "asking for a namespace's name")?;
-        resolver._redirection = redirect::enforce(cgroup, namespace, port)?;
+        redirect::enforce(cgroup, namespace, port)?;
         Ok(resolver)
     }
 
@@ -84,7 +81,6 @@ impl Resolver {
             next_client: 0,
             asked: BTreeMap::new(),
             next_query: 0,
-            _redirection: Vec::new(),
         })
     }
 
@@ -206,13 +202,15 @@ impl Resolver {
     }
 }
 
-/// A port for datagrams and streams alike, so that one rule leads to both.
+/// A port for datagrams and streams alike, so that one rule leads to both. All guests that go on from one state have the same, so
+/// it is one that programs do not use: what comes to these from elsewhere stays on the host.
 fn bind(address: Ipv4Addr) -> io::Result<(UdpSocket, TcpListener)> {
     let mut refused = None;
-    for _ in 0..ATTEMPTS {
-        let datagrams = UdpSocket::bind((address, 0))?;
-        match TcpListener::bind(datagrams.local_addr()?) {
-            Ok(listener) => return Ok((datagrams, listener)),
+    for port in HOST_PORTS.rev().take(ATTEMPTS) {
+        let bound = UdpSocket::bind((address, port))
+            .and_then(|datagrams| Ok((datagrams, TcpListener::bind((address, port))?)));
+        match bound {
+            Ok(bound) => return Ok(bound),
             Err(error) => refused = Some(error),
         }
     }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -42,8 +42,8 @@ const NAMESPACE_COOKIE: i32 = 122;
 const ADDRESS: i16 = 4;
 const PORT: i16 = 24;
 
-/// Puts the redirection to a port into force, for all of the guest. It holds as long as what is returned.
-pub fn enforce(cgroup: &Path, namespace: u64, port: u16) -> Result<Vec<OwnedFd>> {
+/// Puts the redirection to a port into force, for all of the guest and for good: the cgroup keeps the programs.
+pub fn enforce(cgroup: &Path, namespace: u64, port: u16) -> Result<()> {
     let what = || "redirecting what is sent to Docker's name server";
     let cgroup = File::open(cgroup).context(what)?;
     let there = [Hook::Connect, Hook::Send].map(|hook| (hook, program(namespace, DOCKER.port(), port)));
@@ -51,14 +51,12 @@ pub fn enforce(cgroup: &Path, namespace: u64, port: u16) -> Result<Vec<OwnedFd>>
     there
         .into_iter()
         .chain(back)
-        .map(|(hook, program)| attach(&cgroup, hook, &program).context(what))
-        .collect()
+        .try_for_each(|(hook, program)| attach(&cgroup, hook, &program).context(what))
 }
 
-fn attach(cgroup: &File, hook: Hook, program: &[Instruction]) -> nix::Result<OwnedFd> {
+fn attach(cgroup: &File, hook: Hook, program: &[Instruction]) -> nix::Result<()> {
     let program = bpf::load_program(hook, program)?;
-    bpf::attach_program(hook, cgroup, &program, None)?;
-    Ok(program)
+    bpf::attach_program(hook, cgroup, &program, None)
 }
 
 /// The kernel's name for the network namespace of a socket.

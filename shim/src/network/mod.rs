@@ -153,6 +153,14 @@ pub fn probe() -> Result<(), NetworkError> {
     })
 }
 
+/// A tap in a namespace of its own, which ends with it.
+pub fn tap_apart() -> Result<OwnedFd, NetworkError> {
+    on_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::Enter(error.into()))?;
+        Ok(tap::create()?.fd)
+    })
+}
+
 /// Runs something on a thread of its own inside a network namespace.
 fn within<T: Send>(
     netns: BorrowedFd<'_>,

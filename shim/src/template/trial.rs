@@ -1,35 +1,51 @@
 //! A template is tried before others use it: a machine goes on from it, and starts a container.
 //!
 //! One from which no container starts would cost every container its start. And what the guest has touched of its memory by the
-//! end of a small program, it will touch each time.
+//! end of a small program, it will touch each time. The container has a network, as most have, which leads nowhere.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rvm_protocol::{ExitStatus, FromAgent, NetworkConfig, Request, StandardStreams, StartContainer};
+use rvm_protocol::{
+    Address, ExitStatus, FromAgent, Interface, NetworkConfig, Request, StandardStreams, StartContainer,
+};
 use rvm_vmm::machine::Touched;
+use rvm_vmm::virtio::net::NetDevice;
 
 use super::builder::{await_message, come_up};
 use super::{Template, TemplateError};
 use crate::bundle::{Bundle, BundleError};
 use crate::container::shape::Shape;
-use crate::monitor::boot::{self, Built};
+use crate::monitor::MonitorError;
+use crate::monitor::boot::{self, Built, FIRST_FREE_SLOT};
+use crate::network;
 use crate::programs;
 use crate::spec::default_spec;
 use crate::timeline::Timeline;
 
 /// Name of the container's program.
 const PROGRAM: &str = "program";
+/// The usual MTU of Ethernet, in bytes.
+const MTU: u16 = 1500;
 
 /// Runs a container in a machine that goes on from a template, and tells what that took of its memory.
 pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touched, TemplateError> {
     make_program(&root.join(PROGRAM))
         .map_err(TemplateError::system(format!("cannot write to {}", root.display())))?;
-    let start = container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::container)?;
+    let mut start =
+        container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::container)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
+    // A host that makes no taps has no containers with a network.
+    if let Ok(tap) = network::tap_apart() {
+        let interface = interface();
+        let device = NetDevice::new(tap, interface.mac, MTU, booting.events.handle());
+        booting.machine.plug(interface.slot, Box::new(device)).map_err(MonitorError::from)?;
+        start.network = NetworkConfig { interfaces: vec![interface], ..NetworkConfig::default() };
+    }
     let number = agent.request(Request::Start(Box::new(start))).map_err(TemplateError::guest)?;
     let ended = await_message(&booting, &mut agent, |message| match message {
         FromAgent::Reply { request, result: Err(error) } if request == number => Some(Err(error)),
@@ -42,6 +58,18 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
     }
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())
+}
+
+/// What Docker would give its first container.
+fn interface() -> Interface {
+    let address = Address { ip: Ipv4Addr::new(172, 17, 0, 2).into(), prefix: 16, broadcast: None };
+    Interface {
+        slot: FIRST_FREE_SLOT,
+        name: "eth0".into(),
+        mac: [0x02, 0x42, 0xac, 0x11, 0, 2],
+        mtu: MTU.into(),
+        addresses: vec![address],
+    }
 }
 
 /// A container that ends soon, like those that `rvm spec` describes, with this for a program.
