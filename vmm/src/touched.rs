@@ -18,7 +18,7 @@ use crate::pagemap::{Entry, PAGE, Pagemap};
 
 /// Pages whose entries are read at a time.
 const BATCH: u64 = 4096;
-/// Stretches that lie no further apart become one: a request costs more than a page.
+/// Stretches that lie no further apart become one where that only maps what is there: a request costs more than a page.
 const GAP: u64 = 4;
 /// A list has no more stretches than that.
 const MOST_STRETCHES: usize = 16 << 10;
@@ -64,9 +64,12 @@ impl Touched {
     }
 
     fn note(&mut self, page: u64, entry: Entry) {
-        if entry.is_present() {
-            let list = if entry.is_of_file() { &mut self.read } else { &mut self.written };
-            add(list, page);
+        let page = Stretch { first: page, count: 1 };
+        match entry {
+            entry if !entry.is_present() => {}
+            entry if entry.is_of_file() => add(&mut self.read, page, GAP),
+            // Each page more would be a copy more, for as long as the machine runs.
+            _ => add(&mut self.written, page, 0),
         }
     }
 
@@ -97,7 +100,10 @@ impl Touched {
 
     /// Has KVM map these pages to the guest. A KVM that cannot do that in advance does it later.
     pub(crate) fn map(&self, memory: &GuestMemory, vcpu: &VcpuFd) {
-        for stretch in self.written.iter().chain(&self.read) {
+        // Between what is written lies what is only mapped.
+        let mut written = Vec::new();
+        self.written.iter().for_each(|stretch| add(&mut written, *stretch, GAP));
+        for stretch in written.iter().chain(&self.read) {
             let Some((region, offset, length)) = stretch.within(memory) else { continue };
             let gpa = region.start_addr().0 + offset;
             let mut request = kvm_pre_fault_memory { gpa, size: length, ..Default::default() };
@@ -110,17 +116,24 @@ impl Touched {
     }
 }
 
-/// Adds a page to a list in ascending order.
-fn add(list: &mut Vec<Stretch>, page: u64) {
+/// Adds a stretch to a list in ascending order. It becomes one with the last if they lie no further apart than `gap`.
+fn add(list: &mut Vec<Stretch>, new: Stretch, gap: u64) {
     let is_full = list.len() >= MOST_STRETCHES;
-    match list.last_mut() {
-        Some(last) if page - (last.first + last.count) <= GAP => last.count = page + 1 - last.first,
-        _ if is_full => {}
-        _ => list.push(Stretch { first: page, count: 1 }),
+    match list.last_mut().and_then(|last| Some((last.joined(new, gap)?, last))) {
+        Some((joined, last)) => *last = joined,
+        None if is_full => {}
+        None => list.push(new),
     }
 }
 
 impl Stretch {
+    /// This one and a later one with all between them, if that is no more than `gap` pages. The numbers may be anything.
+    fn joined(self, later: Stretch, gap: u64) -> Option<Stretch> {
+        let between = later.first.checked_sub(self.first.checked_add(self.count)?)?;
+        let end = later.first.checked_add(later.count)?;
+        (between <= gap).then_some(Stretch { count: end - self.first, ..self })
+    }
+
     /// The region that it begins in, where in that, and how many bytes of it, if it is in memory.
     fn within(self, memory: &GuestMemory) -> Option<(&GuestRegionMmap, u64, u64)> {
         let region = memory.find_region(GuestAddress(self.first.checked_mul(PAGE)?))?;
@@ -158,7 +171,8 @@ mod tests {
         memory.write_obj(1_u8, GuestAddress(102 * PAGE)).unwrap();
         memory.read_obj::<u8>(GuestAddress(3000 * PAGE)).unwrap();
         let touched = Touched::of(&memory).unwrap();
-        assert_eq!(touched.written, [Stretch { first: 100, count: 3 }]);
+        let written = [100, 102].map(|first| Stretch { first, count: 1 });
+        assert_eq!(touched.written, written, "nothing is copied that lies between");
         // The host maps what lies around it, too.
         assert!(
             touched.read.iter().any(|stretch| (stretch.first..stretch.first + stretch.count).contains(&3000))
@@ -179,9 +193,13 @@ mod tests {
 
     #[test]
     fn stretches_that_are_close_become_one() {
-        let mut list = Vec::new();
-        [1, 2, 7, 13, 14].iter().for_each(|page| add(&mut list, *page));
-        assert_eq!(list, [Stretch { first: 1, count: 7 }, Stretch { first: 13, count: 2 }]);
+        let joined = |gap| {
+            let mut list = Vec::new();
+            [1, 2, 7, 13, 14].iter().for_each(|&first| add(&mut list, Stretch { first, count: 1 }, gap));
+            list.iter().map(|stretch| (stretch.first, stretch.count)).collect::<Vec<_>>()
+        };
+        assert_eq!(joined(4), [(1, 7), (13, 2)]);
+        assert_eq!(joined(0), [(1, 2), (7, 1), (13, 2)]);
     }
 
     #[test]
@@ -203,6 +221,18 @@ mod tests {
             }
             let list = vec![Stretch { first: first % 10_000, count }];
             Touched { read: list, written: Vec::new() }.provide(&memory);
+        }
+
+        #[test]
+        fn any_two_stretches_are_joined_or_not(numbers: [u64; 4], near in 0..10_u64) {
+            let [first, count, start, length] = numbers;
+            let one = Stretch { first, count };
+            for start in [start, first.wrapping_add(count).wrapping_add(near)] {
+                let mut list = vec![one];
+                add(&mut list, Stretch { first: start, count: length }, GAP);
+                let end = |stretch: &Stretch| u128::from(stretch.first) + u128::from(stretch.count);
+                prop_assert_eq!(end(list.last().unwrap()), u128::from(start) + u128::from(length));
+            }
         }
     }
 }
