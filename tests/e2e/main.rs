@@ -121,7 +121,7 @@ fn tell(story: Story) -> anyhow::Result<()> {
     }
     match (outcome, clean) {
         // What it has left may tell why it failed.
-        (Err(error), Err(left)) => Err(error.context(format!("{left}"))),
+        (Err(error), Err(left)) => Err(anyhow::anyhow!("{error:?}\n{left}")),
         (outcome, clean) => outcome.and(clean),
     }
 }

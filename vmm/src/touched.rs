@@ -224,15 +224,23 @@ mod tests {
         }
 
         #[test]
-        fn any_two_stretches_are_joined_or_not(numbers: [u64; 4], near in 0..10_u64) {
-            let [first, count, start, length] = numbers;
-            let one = Stretch { first, count };
-            for start in [start, first.wrapping_add(count).wrapping_add(near)] {
-                let mut list = vec![one];
-                add(&mut list, Stretch { first: start, count: length }, GAP);
-                let end = |stretch: &Stretch| u128::from(stretch.first) + u128::from(stretch.count);
-                prop_assert_eq!(end(list.last().unwrap()), u128::from(start) + u128::from(length));
-            }
+        fn two_stretches_are_joined_if_they_are_close(first in 0..1000_u64, count: u32, between in 0..10_u64, length: u32) {
+            let start = first + u64::from(count) + between;
+            let (count, length) = (u64::from(count), u64::from(length));
+            let mut list = vec![Stretch { first, count }];
+            add(&mut list, Stretch { first: start, count: length }, GAP);
+            let apart = vec![Stretch { first, count }, Stretch { first: start, count: length }];
+            let joined = vec![Stretch { first, count: start + length - first }];
+            prop_assert_eq!(list, if between <= GAP { joined } else { apart });
+        }
+
+        #[test]
+        fn numbers_without_sense_are_left_as_they_are(first: u64, count: u64, start: u64, length: u64) {
+            let mut list = vec![Stretch { first, count }];
+            add(&mut list, Stretch { first: start, count: length }, GAP);
+            prop_assert_eq!(list[0].first, first);
+            let end = |stretch: &Stretch| u128::from(stretch.first) + u128::from(stretch.count);
+            prop_assert_eq!(end(list.last().unwrap()), u128::from(start) + u128::from(length));
         }
     }
 }

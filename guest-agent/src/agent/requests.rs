@@ -2,8 +2,8 @@
 
 use oci_spec::runtime::{LinuxResources, Process};
 use rvm_protocol::{
-    AgentError, AgentErrorKind, ClockReading, ExecProcess, NetworkConfig, ProcessId, Reply, Request,
-    StartContainer, ToAgent,
+    AgentError, AgentErrorKind, ClockReading, ExecProcess, NetworkConfig, ProcessId, REHEARSAL_ID, Reply,
+    Request, StartContainer, ToAgent,
 };
 
 use super::{Agent, Managed, State, rehearsal};
@@ -49,7 +49,7 @@ impl Agent {
             return Err(started_already());
         }
         if start.network.interfaces.is_empty() {
-            // Of a rehearsal. What is sent to it from now on is refused, as where nobody ever listened.
+            // Of the rehearsal.
             self.resolver = None;
         }
         self.configure_network(&start.network)?;
@@ -66,23 +66,25 @@ impl Agent {
             return Err(started_already());
         }
         rehearsal::rehearse(start, &self.settings)?;
-        // Most containers have a network, and it is the same for all of them.
-        self.start_resolver()
+        // Most containers have a network. Where there can be no name server, the start of one with a network tells why.
+        self.resolver = Resolver::new(&self.poller).ok();
+        if let Some(resolver) = &self.resolver {
+            // In force for nobody: what the kernel's code is patched for stays so.
+            let _ = resolver.rehearse(&self.settings.cgroups.join(REHEARSAL_ID));
+        }
+        Ok(())
     }
 
     fn configure_network(&mut self, config: &NetworkConfig) -> Result<()> {
         self.network.configure(config)?;
-        match config.interfaces.is_empty() {
-            true => Ok(()),
-            false => self.start_resolver(),
+        if config.interfaces.is_empty() {
+            return Ok(());
         }
-    }
-
-    fn start_resolver(&mut self) -> Result<()> {
-        if self.resolver.is_none() {
-            self.resolver = Some(Resolver::start(&self.poller, &self.settings.cgroups)?);
-        }
-        Ok(())
+        let resolver = match self.resolver.take() {
+            Some(resolver) => resolver,
+            None => Resolver::new(&self.poller)?,
+        };
+        self.resolver.insert(resolver).open(&self.settings.cgroups)
     }
 
     fn exec(&mut self, request: u64, exec: &ExecProcess) -> Result<()> {

@@ -20,6 +20,7 @@ use nix::sys::epoll::EpollFlags;
 use rvm_protocol::{HOST_PORTS, Lookup, MAX_DNS_MESSAGE, Transport};
 
 use self::client::Client;
+use self::redirect::Redirection;
 use self::upstream::Upstream;
 use crate::error::{Context, Result};
 use crate::event::{Poller, Target};
@@ -47,6 +48,8 @@ pub struct Resolver {
     /// By the numbers of their queries, which grow.
     asked: BTreeMap<u32, Asker>,
     next_query: u32,
+    /// What leads here. It is nowhere in force in the beginning.
+    redirection: Option<Redirection>,
 }
 
 /// Who gets an answer.
@@ -56,15 +59,28 @@ enum Asker {
 }
 
 impl Resolver {
-    /// Listens for all processes of the guest.
-    pub fn start(poller: &Poller, cgroup: &Path) -> Result<Resolver> {
-        let resolver = Resolver::listen(poller, *DOCKER.ip())
+    /// Listens, with nothing that leads here.
+    pub fn new(poller: &Poller) -> Result<Resolver> {
+        let mut resolver = Resolver::listen(poller, *DOCKER.ip())
             .context(|| "listening in the place of Docker's name server")?;
         let port = resolver.datagrams.local_addr().context(|| "asking for a port")?.port();
         let namespace =
             redirect::namespace_of(&resolver.datagrams).context(|| "asking for a namespace's name")?;
-        redirect::enforce(cgroup, namespace, port)?;
+        let redirection = Redirection::new(namespace, port).context(REDIRECTING)?;
+        resolver.redirection = Some(redirection);
         Ok(resolver)
+    }
+
+    /// Leads the processes of a cgroup here, and lets others be led here as well.
+    pub fn rehearse(&self, cgroup: &Path) -> Result<()> {
+        self.redirection.iter().try_for_each(|redirection| redirection.enforce(cgroup)).context(REDIRECTING)
+    }
+
+    /// Leads all processes of the guest here, by its first cgroup.
+    pub fn open(&mut self, cgroup: &Path) -> Result<()> {
+        self.rehearse(cgroup)?;
+        self.redirection = None;
+        Ok(())
     }
 
     fn listen(poller: &Poller, address: Ipv4Addr) -> io::Result<Resolver> {
@@ -81,6 +97,7 @@ impl Resolver {
             next_client: 0,
             asked: BTreeMap::new(),
             next_query: 0,
+            redirection: None,
         })
     }
 
@@ -201,6 +218,8 @@ impl Resolver {
         }
     }
 }
+
+const REDIRECTING: fn() -> &'static str = || "redirecting what is sent to Docker's name server";
 
 /// A port for datagrams and streams alike, so that one rule leads to both. All guests that go on from one state have the same, so
 /// it is one that programs do not use: what comes to these from elsewhere stays on the host.

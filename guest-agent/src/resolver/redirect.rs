@@ -6,14 +6,14 @@
 //! 127.0.0.11 of their own, so only sockets of the guest's first network namespace are meant.
 
 use std::fs::File;
+use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
 
 use super::DOCKER;
-use crate::error::{Context, Result};
 use crate::sys::bpf::{self, Hook, Instruction};
 
 // Registers.
@@ -42,21 +42,30 @@ const NAMESPACE_COOKIE: i32 = 122;
 const ADDRESS: i16 = 4;
 const PORT: i16 = 24;
 
-/// Puts the redirection to a port into force, for all of the guest and for good: the cgroup keeps the programs.
-pub fn enforce(cgroup: &Path, namespace: u64, port: u16) -> Result<()> {
-    let what = || "redirecting what is sent to Docker's name server";
-    let cgroup = File::open(cgroup).context(what)?;
-    let there = [Hook::Connect, Hook::Send].map(|hook| (hook, program(namespace, DOCKER.port(), port)));
-    let back = [Hook::Receive, Hook::PeerName].map(|hook| (hook, program(namespace, port, DOCKER.port())));
-    there
-        .into_iter()
-        .chain(back)
-        .try_for_each(|(hook, program)| attach(&cgroup, hook, &program).context(what))
-}
+/// The programs that redirect to one port.
+pub struct Redirection([(Hook, OwnedFd); 4]);
 
-fn attach(cgroup: &File, hook: Hook, program: &[Instruction]) -> nix::Result<()> {
-    let program = bpf::load_program(hook, program)?;
-    bpf::attach_program(hook, cgroup, &program, None)
+impl Redirection {
+    /// Makes the programs for sockets of a namespace. They are in force nowhere yet.
+    pub fn new(namespace: u64, port: u16) -> nix::Result<Redirection> {
+        let load = |hook, from, to| Ok((hook, bpf::load_program(hook, &program(namespace, from, to))?));
+        let (docker, ours) = (DOCKER.port(), port);
+        Ok(Redirection([
+            load(Hook::Connect, docker, ours)?,
+            load(Hook::Send, docker, ours)?,
+            load(Hook::Receive, ours, docker)?,
+            load(Hook::PeerName, ours, docker)?,
+        ]))
+    }
+
+    /// Puts them into force for a cgroup and all below it, as long as there is that cgroup.
+    pub fn enforce(&self, cgroup: &Path) -> io::Result<()> {
+        let cgroup = File::open(cgroup)?;
+        for (hook, program) in &self.0 {
+            bpf::attach_program(*hook, &cgroup, program, None)?;
+        }
+        Ok(())
+    }
 }
 
 /// The kernel's name for the network namespace of a socket.

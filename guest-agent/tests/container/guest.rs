@@ -15,6 +15,7 @@ use nix::unistd::{self, ForkResult};
 use rvm_agent::agent::Agent;
 use rvm_agent::container::{RootSource, Settings, cgroup};
 use rvm_agent::host::Host;
+use rvm_agent::network::bring_loopback_up;
 
 /// The host at the other end of Unix sockets, each named by its port.
 struct UnixHost(PathBuf);
@@ -62,6 +63,7 @@ fn be_agent(directory: &Path) {
         // The machine has cgroups of version 1: this shows version 2, beside them and without controllers.
         mount(Some("cgroup2"), CGROUPS, Some("cgroup2"), MsFlags::empty(), none).expect("cgroup2");
     }
+    bring_loopback_up().expect("a loopback interface");
     let cgroups = Path::new(CGROUPS).join(cgroup_name(directory));
     cgroup::enable_controllers(Path::new(CGROUPS));
     fs::create_dir(&cgroups).expect("a cgroup");

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Container, ContainerError, ContainerId, Folder, ProcessIdentity, Status, folder};
+use super::{Container, ContainerError, ContainerId, Folder, ProcessHandle, ProcessIdentity, Status, folder};
 use crate::control::{Command, Connection};
 use crate::hooks::{self, HookKind};
 use crate::logging::Log;
@@ -44,9 +44,13 @@ pub fn delete_locked(container: &Container, force: bool, log: &Log) -> Result<()
     remove(container, log)
 }
 
-/// Removes what is left of a container whose monitor has ended.
+/// Removes what is left of a container whose monitor has ended, or is about to.
 pub fn remove(container: &Container, log: &Log) -> Result<(), ContainerError> {
     log.debug(format!("{}: removing what it had", container.id()));
+    if let Some(monitor) = container.record.monitor.and_then(ProcessIdentity::open) {
+        // As long as one of its threads has its taps, what leads to them looks like a later container's.
+        await_end(container, &monitor)?;
+    }
     disconnect_network(container, log);
     if let Some(cgroup) = &container.record.cgroup {
         // Stubs of `exec` are still in there.
@@ -71,8 +75,13 @@ pub fn kill(container: &Container) -> Result<(), ContainerError> {
         kill_unknown(container);
     }
     let Some(handle) = container.record.monitor.and_then(ProcessIdentity::open) else { return Ok(()) };
-    let ended = handle.signal(libc::SIGKILL).is_ok() && handle.wait(PATIENCE);
-    if ended {
+    // One that cannot be signalled does not end either, or has done so.
+    let _ = handle.signal(libc::SIGKILL);
+    await_end(container, &handle)
+}
+
+fn await_end(container: &Container, monitor: &ProcessHandle) -> Result<(), ContainerError> {
+    if monitor.wait(PATIENCE) {
         return Ok(());
     }
     let pid = container.record.monitor.map_or(0, |monitor| monitor.pid);

@@ -22,19 +22,22 @@ pub struct ProcessIdentity {
 impl ProcessIdentity {
     /// The identity of a process that exists, be it a zombie.
     pub fn of(pid: i32) -> io::Result<ProcessIdentity> {
-        Ok(ProcessIdentity { pid, start_time: read_stat(pid)? })
+        let (_, start_time) = read_stat(pid)?;
+        Ok(ProcessIdentity { pid, start_time })
     }
 
-    /// Whether it runs. A zombie has ended: only its parent has not asked yet.
+    /// Whether it runs. One whose first thread has ended does no more, though others of its threads may have its files and memory
+    /// for a moment; only [`ProcessHandle::wait`] tells when they have not. And a zombie is one that its parent has not asked for yet.
     pub fn is_alive(self) -> bool {
-        self.open().is_some()
+        read_stat(self.pid)
+            .is_ok_and(|(state, start_time)| start_time == self.start_time && !matches!(state, 'Z' | 'X'))
     }
 
-    /// A handle that stays with this very process; none when it has ended.
+    /// A handle that stays with this very process; none when all its threads have ended.
     pub fn open(self) -> Option<ProcessHandle> {
         let handle = ProcessHandle { fd: pidfd_open(self.pid).ok()? };
         // Asked after the handle was made: if the process is the right one now, the handle is its.
-        let is_it = read_stat(self.pid).is_ok_and(|start_time| start_time == self.start_time);
+        let is_it = read_stat(self.pid).is_ok_and(|(_, start_time)| start_time == self.start_time);
         (is_it && !handle.wait(Duration::ZERO)).then_some(handle)
     }
 
@@ -69,8 +72,7 @@ impl ProcessHandle {
         }
     }
 
-    /// Waits until the process has ended, with all its threads: its first one alone may be a zombie long before, while the
-    /// others have its files and memory. False when that is not so within `limit`.
+    /// Waits until the process has ended, with all its threads; false when it has not within `limit`.
     pub fn wait(&self, limit: Duration) -> bool {
         let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
@@ -96,23 +98,24 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The start time of a process.
-fn read_stat(pid: i32) -> io::Result<u64> {
+fn read_stat(pid: i32) -> io::Result<(char, u64)> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat"))?)
         .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown form")))
 }
 
-/// The start time. The second field is the command's name, which may hold blanks and parentheses.
-fn parse_stat(stat: &str) -> Option<u64> {
+/// State and start time. The second field is the command's name, which may hold blanks and parentheses.
+fn parse_stat(stat: &str) -> Option<(char, u64)> {
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+    let mut fields = rest.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(18)?.parse().ok()?))
 }
 
 #[cfg(test)]
 mod tests {
     use std::process::Command;
 
-    use nix::sched::{CloneFlags, clone};
+    use nix::sys::signal::{Signal, kill};
     use nix::sys::wait::waitpid;
     use nix::unistd::{ForkResult, Pid, fork};
 
@@ -121,7 +124,7 @@ mod tests {
     #[test]
     fn a_name_with_parentheses_does_not_confuse() {
         let stat = "7 (a) b) (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9";
-        assert_eq!(parse_stat(stat), Some(4242));
+        assert_eq!(parse_stat(stat), Some(('S', 4242)));
         assert_eq!(parse_stat("7 (cut"), None);
         assert_eq!(parse_stat("7 (cut) S 1 2"), None);
     }
@@ -140,27 +143,29 @@ mod tests {
         assert!(!identity.signal(libc::SIGKILL).unwrap());
     }
 
+    /// A process that ends with the test.
+    struct Child(Pid);
+
+    impl Drop for Child {
+        fn drop(&mut self) {
+            let _ = kill(self.0, Signal::SIGKILL);
+            let _ = waitpid(self.0, None);
+        }
+    }
+
     /// A process whose first thread has ended, and another one has not.
-    fn without_first_thread() -> i32 {
-        const THREAD: CloneFlags = CloneFlags::CLONE_VM
-            .union(CloneFlags::CLONE_FS)
-            .union(CloneFlags::CLONE_FILES)
-            .union(CloneFlags::CLONE_SIGHAND)
-            .union(CloneFlags::CLONE_THREAD);
-        let mut stack = vec![0; 64 << 10];
-        // SAFETY: the child takes no lock that another thread of this process could hold, but malloc's, which fork frees.
+    fn without_first_thread() -> Child {
+        // SAFETY: of the locks that other threads of this process may hold, the child takes malloc's alone, which fork frees.
         match unsafe { fork() }.unwrap() {
-            ForkResult::Parent { child } => child.as_raw(),
+            ForkResult::Parent { child } => Child(child),
             ForkResult::Child => {
-                let pause = Box::new(|| {
+                let other = std::thread::Builder::new().spawn(|| {
                     loop {
                         nix::unistd::pause();
                     }
                 });
-                // SAFETY: the thread has a stack of its own, which lives as long as the process, and touches nothing else.
-                let cloned = unsafe { clone(pause, &mut stack, THREAD, None) };
-                let code = i32::from(cloned.is_err());
-                // SAFETY: this ends the calling thread alone, which has nothing left to do.
+                let code = i32::from(other.is_err());
+                // SAFETY: this ends the calling thread alone, whose stack nothing refers to.
                 unsafe { libc::syscall(libc::SYS_exit, code) };
                 unreachable!("exit does not return")
             }
@@ -168,19 +173,17 @@ mod tests {
     }
 
     #[test]
-    fn a_process_lives_as_long_as_any_of_its_threads() {
+    fn a_process_has_not_ended_before_all_its_threads() {
         let child = without_first_thread();
-        let identity = ProcessIdentity::of(child).unwrap();
-        let state = || fs::read_to_string(format!("/proc/{child}/stat")).unwrap();
-        while !state().contains(") Z ") {
+        let identity = ProcessIdentity::of(child.0.as_raw()).unwrap();
+        while identity.is_alive() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        assert!(identity.is_alive(), "only its first thread is a zombie");
-        let handle = identity.open().unwrap();
+        let handle = identity.open().expect("only its first thread has ended");
+        assert!(!handle.wait(Duration::from_millis(20)));
         assert!(handle.signal(libc::SIGKILL).unwrap());
         assert!(handle.wait(Duration::from_secs(60)));
-        assert!(!identity.is_alive());
-        waitpid(Pid::from_raw(child), None).unwrap();
+        assert!(identity.open().is_none());
     }
 
     #[test]

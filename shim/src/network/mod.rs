@@ -145,8 +145,7 @@ pub fn disconnect(netns: BorrowedFd<'_>) -> Result<(), NetworkError> {
 
 /// Tries in a namespace of its own whether this host can connect a container's network. It takes root.
 pub fn probe() -> Result<(), NetworkError> {
-    on_thread(|| {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::Enter(error.into()))?;
+    apart(|| {
         let mut netlink = Netlink::open()?;
         let (one, other) = (tap::create()?, tap::create()?);
         redirect::join(&mut netlink, cable::index_of(&one)?, cable::index_of(&other)?)
@@ -155,9 +154,14 @@ pub fn probe() -> Result<(), NetworkError> {
 
 /// A tap in a namespace of its own, which ends with it.
 pub fn tap_apart() -> Result<OwnedFd, NetworkError> {
+    apart(|| Ok(tap::create()?.fd))
+}
+
+/// Runs something in a network namespace that nobody else is in.
+fn apart<T: Send>(work: impl FnOnce() -> Result<T, NetworkError> + Send) -> Result<T, NetworkError> {
     on_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::Enter(error.into()))?;
-        Ok(tap::create()?.fd)
+        work()
     })
 }
 

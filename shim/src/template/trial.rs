@@ -60,7 +60,7 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
     Ok(booting.machine.touched().unwrap_or_default())
 }
 
-/// What Docker would give its first container.
+/// What Docker would give its first container, but for the way out.
 fn interface() -> Interface {
     let address = Address { ip: Ipv4Addr::new(172, 17, 0, 2).into(), prefix: 16, broadcast: None };
     Interface {

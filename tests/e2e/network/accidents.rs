@@ -121,7 +121,7 @@ fn containers_come_and_go_in_one_namespace() -> Result<()> {
         rvm_detached(&["run", "--detach", "--bundle", bundle.path(), "story"])?;
         let during = traces()?;
         ensure!(during.taps > 0 && during.rules > 0, "this looks at the wrong place: {during:?}");
-        shell("pkill -9 -f '^rvm: story'; rvm delete --force story")?.expect_code(0)?;
+        shell("pkill -9 -f '^rvm: story' && rvm delete --force story")?.expect_code(0)?;
         let left = traces()?;
         ensure!(left == NONE, "killed container {cycle} leaves {left:?}");
     }

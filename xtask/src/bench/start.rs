@@ -29,14 +29,21 @@ pub struct StartArgs {
 /// Counts, with the bundles that the other script makes in a folder of its own.
 const COUNT: &str = include_str!("../../../tests/counts/count");
 const BUNDLES: &str = r##"
-work=$(mktemp -d) && trap 'rm -rf "$work"; ip netns delete rvm-bench' EXIT && cd "$work"
+set -e
+work=$(mktemp -d)
+trap 'rm -rf "$work"; ip netns delete rvm-bench || true' EXIT
+cd "$work"
 mkdir -p short/rootfs/bin cold long network
 cp "$(command -v busybox)" short/rootfs/bin/busybox
-ln -s busybox short/rootfs/bin/true && ln -s busybox short/rootfs/bin/sleep
-rvm spec --bundle short && sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"true"/; s#"rootfs"#"'"$work"'/short/rootfs"#' short/config.json
+ln -s busybox short/rootfs/bin/true
+ln -s busybox short/rootfs/bin/sleep
+rvm spec --bundle short
+sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"true"/; s#"rootfs"#"'"$work"'/short/rootfs"#' short/config.json
 sed 's/"ociVersion"/"annotations": { "dev.rvm.template": "off" }, "ociVersion"/' short/config.json >cold/config.json
 sed 's/"true"$/"sleep", "1000"/' short/config.json >long/config.json
-ip netns add rvm-bench && ip -n rvm-bench link add eth0 type veth peer name far && ip -n rvm-bench link set eth0 up
+ip netns add rvm-bench
+ip -n rvm-bench link add eth0 type veth peer name far
+ip -n rvm-bench link set eth0 up
 ip -n rvm-bench address add 10.82.0.2/24 dev eth0
 sed 's#"type": "network"#"type": "network", "path": "/run/netns/rvm-bench"#' short/config.json >network/config.json
 sh -c "$1" count short cold long network
