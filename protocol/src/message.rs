@@ -65,8 +65,8 @@ pub enum Request {
     /// processes of the container have configured themselves stays.
     Network(NetworkConfig),
     /// Start a container from the guest's own files, whose program ends at once, and answer when it has; of it stays an
-    /// empty cgroup. Listen for names afterwards, for the container to come, which has a network mostly. A guest that is to be captured has done then what its kernel does once, for all those that go on from
-    /// there. Not after [`Request::Start`].
+    /// empty cgroup. Listen for names afterwards, for the container to come, which has a network mostly. A guest that is to be
+    /// captured has done then what its kernel does once, for all those that go on from there. Not after [`Request::Start`].
     Rehearse(Box<StartContainer>),
     /// Be a machine of your own: the guest goes on from a state that it shares with other guests. Always the first request
     /// to such a guest, and never sent to one that has booted.

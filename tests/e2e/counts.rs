@@ -45,12 +45,7 @@ fn a_start_takes_no_more_than_it_did() -> Result<()> {
     let cold =
         Bundle::new(&["true"])?.edit(|config| config["annotations"]["dev.rvm.template"] = json!("off"))?;
     let long = Bundle::new(&["sleep", "1000"])?;
-    let namespace = Namespace::new("e2e")?;
-    namespace.plumb(&[
-        "link add eth0 type veth peer name far",
-        "address add 10.82.0.2/24 dev eth0",
-        "link set eth0 up",
-    ])?;
+    let namespace = Namespace::with_interface("e2e", "10.82.0.2/24")?;
     let network = Bundle::new(&["true"])?.edit(|config| namespace.join(config))?;
     let bundles = [&short, &cold, &long, &network].map(Bundle::path);
     let counted = run("sh", &[&["-c", COUNT, "count"][..], &bundles].concat())?.expect_code(0)?.text();

@@ -70,7 +70,7 @@ impl Agent {
         self.resolver = Resolver::new(&self.poller).ok();
         if let Some(resolver) = &self.resolver {
             // In force for nobody: what the kernel's code is patched for stays so.
-            let _ = resolver.rehearse(&self.settings.cgroups.join(REHEARSAL_ID));
+            let _ = resolver.lead(&self.settings.cgroups.join(REHEARSAL_ID));
         }
         Ok(())
     }
@@ -84,7 +84,7 @@ impl Agent {
             Some(resolver) => resolver,
             None => Resolver::new(&self.poller)?,
         };
-        self.resolver.insert(resolver).open(&self.settings.cgroups)
+        self.resolver.insert(resolver).lead_all(&self.settings.cgroups)
     }
 
     fn exec(&mut self, request: u64, exec: &ExecProcess) -> Result<()> {

@@ -38,6 +38,9 @@ const BATCH: usize = 16;
 /// How many ports are tried.
 const ATTEMPTS: usize = 16;
 
+/// What an error interrupts.
+const REDIRECTING: fn() -> &'static str = || "redirecting what is sent to Docker's name server";
+
 /// The listener, and who waits for what.
 pub struct Resolver {
     datagrams: UdpSocket,
@@ -48,7 +51,7 @@ pub struct Resolver {
     /// By the numbers of their queries, which grow.
     asked: BTreeMap<u32, Asker>,
     next_query: u32,
-    /// What leads here. It is nowhere in force in the beginning.
+    /// What leads here, until it is in force for all.
     redirection: Option<Redirection>,
 }
 
@@ -71,14 +74,14 @@ impl Resolver {
         Ok(resolver)
     }
 
-    /// Leads the processes of a cgroup here, and lets others be led here as well.
-    pub fn rehearse(&self, cgroup: &Path) -> Result<()> {
+    /// Leads the processes of a cgroup here.
+    pub fn lead(&self, cgroup: &Path) -> Result<()> {
         self.redirection.iter().try_for_each(|redirection| redirection.enforce(cgroup)).context(REDIRECTING)
     }
 
-    /// Leads all processes of the guest here, by its first cgroup.
-    pub fn open(&mut self, cgroup: &Path) -> Result<()> {
-        self.rehearse(cgroup)?;
+    /// Leads all processes of the guest here for good, by its first cgroup. Nothing is left to be done after that.
+    pub fn lead_all(&mut self, first: &Path) -> Result<()> {
+        self.lead(first)?;
         self.redirection = None;
         Ok(())
     }
@@ -218,8 +221,6 @@ impl Resolver {
         }
     }
 }
-
-const REDIRECTING: fn() -> &'static str = || "redirecting what is sent to Docker's name server";
 
 /// A port for datagrams and streams alike, so that one rule leads to both. All guests that go on from one state have the same, so
 /// it is one that programs do not use: what comes to these from elsewhere stays on the host.

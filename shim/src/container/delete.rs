@@ -75,17 +75,19 @@ pub fn kill(container: &Container) -> Result<(), ContainerError> {
         kill_unknown(container);
     }
     let Some(handle) = container.record.monitor.and_then(ProcessIdentity::open) else { return Ok(()) };
-    // One that cannot be signalled does not end either, or has done so.
-    let _ = handle.signal(libc::SIGKILL);
-    await_end(container, &handle)
+    match handle.signal(libc::SIGKILL) {
+        Ok(_) => await_end(container, &handle),
+        Err(_) => Err(unkillable(container)),
+    }
 }
 
 fn await_end(container: &Container, monitor: &ProcessHandle) -> Result<(), ContainerError> {
-    if monitor.wait(PATIENCE) {
-        return Ok(());
-    }
+    monitor.wait(PATIENCE).then_some(()).ok_or_else(|| unkillable(container))
+}
+
+fn unkillable(container: &Container) -> ContainerError {
     let pid = container.record.monitor.map_or(0, |monitor| monitor.pid);
-    Err(ContainerError::Unkillable { id: container.id().to_owned(), pid })
+    ContainerError::Unkillable { id: container.id().to_owned(), pid }
 }
 
 /// Where the record of the monitor is damaged, whoever listens on the socket can still be told. Mostly nobody does.

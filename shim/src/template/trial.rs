@@ -20,7 +20,7 @@ use super::{Template, TemplateError};
 use crate::bundle::{Bundle, BundleError};
 use crate::container::shape::Shape;
 use crate::monitor::MonitorError;
-use crate::monitor::boot::{self, Built, FIRST_FREE_SLOT};
+use crate::monitor::boot::{self, Booting, Built, FIRST_FREE_SLOT};
 use crate::network;
 use crate::programs;
 use crate::spec::default_spec;
@@ -39,13 +39,7 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
         container("template", root, &[&format!("/{PROGRAM}")]).map_err(TemplateError::container)?;
     let machine = boot::restore(shape, &template, &mut Timeline::default())?;
     let (booting, mut agent) = come_up(Built::restored(machine, template)?, root)?;
-    // A host that makes no taps has no containers with a network.
-    if let Ok(tap) = network::tap_apart() {
-        let interface = interface();
-        let device = NetDevice::new(tap, interface.mac, MTU, booting.events.handle());
-        booting.machine.plug(interface.slot, Box::new(device)).map_err(MonitorError::from)?;
-        start.network = NetworkConfig { interfaces: vec![interface], ..NetworkConfig::default() };
-    }
+    start.network = plug_network(&booting)?;
     let number = agent.request(Request::Start(Box::new(start))).map_err(TemplateError::guest)?;
     let ended = await_message(&booting, &mut agent, |message| match message {
         FromAgent::Reply { request, result: Err(error) } if request == number => Some(Err(error)),
@@ -58,6 +52,16 @@ pub(super) fn run(template: Template, shape: Shape, root: &Path) -> Result<Touch
     }
     // Nobody has to have it, and a host may not tell.
     Ok(booting.machine.touched().unwrap_or_default())
+}
+
+/// Plugs a network that leads nowhere, and tells what the guest shall make of it.
+fn plug_network(booting: &Booting) -> Result<NetworkConfig, TemplateError> {
+    // A host that makes no taps has no containers with a network.
+    let Ok(tap) = network::tap_apart() else { return Ok(NetworkConfig::default()) };
+    let interface = interface();
+    let device = NetDevice::new(tap, interface.mac, MTU, booting.events.handle());
+    booting.machine.plug(interface.slot, Box::new(device)).map_err(MonitorError::from)?;
+    Ok(NetworkConfig { interfaces: vec![interface], ..NetworkConfig::default() })
 }
 
 /// What Docker would give its first container, but for the way out.

@@ -96,14 +96,8 @@ const CYCLES: usize = 200;
 const KILLED: usize = 5;
 
 fn containers_come_and_go_in_one_namespace() -> Result<()> {
-    let namespace = Namespace::new(NAMESPACE)?;
-    namespace.plumb(&[
-        "link add eth0 type veth peer name far",
-        "address add 10.82.0.2/24 dev eth0",
-        "link set eth0 up",
-        "link set far up",
-        "link set lo up",
-    ])?;
+    let namespace = Namespace::with_interface(NAMESPACE, "10.82.0.2/24")?;
+    namespace.plumb(&["link set far up", "link set lo up"])?;
     let bundle = bundle_in(&namespace, &["ip", "-o", "-4", "address", "show", "dev", "eth0"])?;
     for cycle in 0..CYCLES {
         let shown = rvm(&["run", "--bundle", bundle.path(), "story"])?.expect_code(0)?.text();

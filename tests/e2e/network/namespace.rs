@@ -16,6 +16,14 @@ impl Namespace {
         Ok(Namespace { name: name.to_owned() })
     }
 
+    /// One with an interface, eth0, that has this address; the other end is there as well, as far.
+    pub fn with_interface(name: &str, address: &str) -> Result<Namespace> {
+        let namespace = Namespace::new(name)?;
+        let address = format!("address add {address} dev eth0");
+        namespace.plumb(&["link add eth0 type veth peer name far", &address, "link set eth0 up"])?;
+        Ok(namespace)
+    }
+
     /// Runs `ip` with each of these lines in it.
     pub fn plumb(&self, lines: &[&str]) -> Result<()> {
         let name = &self.name;
